@@ -1,0 +1,3 @@
+"""Img-Storage: virtual machine disks from a NAS, used at local-disk speed."""
+
+__version__ = "0.1.0"

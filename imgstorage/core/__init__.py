@@ -1,0 +1,1 @@
+"""What the project knows, without any I/O: names, the state machine, messages and protocols."""
