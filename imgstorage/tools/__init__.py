@@ -1,0 +1,1 @@
+"""One module per external tool: argv builders, parsers, verbs. All of them run through ``run.py``."""
