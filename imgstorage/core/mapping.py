@@ -134,9 +134,10 @@ class Verified:
 class Mapping:
     """One volume's mapping, as the NAS's database has it.
 
-    ``op`` is the operation that drives the present phase ("" at rest); ``unmap_op`` an unmap that was
-    accepted and waits for the phase to end; ``error`` why the last step failed ("" once one succeeds);
-    ``second`` the other container while two share the volume.
+    ``map_op`` is the operation that made the mapping, ``op`` the one that drives the present phase (None at
+    rest), ``unmap_op`` an unmap that was accepted and waits for the phase to end. ``attempt`` numbers the
+    ways back of one generation. ``error`` says why the last step failed ("" once one succeeds). ``second``
+    is the other container while two share the volume, ``leaving`` the one of them that goes.
     """
 
     volume: VolumeUuid
@@ -145,17 +146,17 @@ class Mapping:
     container: HostName | None = None
     remote_pool: PoolName | None = None
     generation: Generation = NEVER_GRANTED
+    map_op: OpId | None = None
     op: OpId | None = None
     unmap_op: OpId | None = None
     force: bool = False
     held: Held = Held.NOTHING
-    second: HostName | None = None
-    leaving: HostName | None = None
     verified: Verified | None = None
     attempt: int = 0
-    error: str = ""
-    since: float = 0.0
+    second: HostName | None = None
+    leaving: HostName | None = None
     device: str = ""
+    error: str = ""
 
     @property
     def public(self) -> Public:
