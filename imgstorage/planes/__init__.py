@@ -1,0 +1,1 @@
+"""The data planes: how volumes, exports, overlays and copies are done on a kind of host."""
