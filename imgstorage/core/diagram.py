@@ -1,4 +1,4 @@
-"""The state machine's diagram and table as Markdown, drawn from ``machine.RULES``; ``docs/state-machine.md`` is this text.
+"""The state machine's diagram and table as Markdown, drawn from ``machine.RULES``: ``docs/state-machine.md``.
 
 ``python -m imgstorage.core.diagram`` prints it; a test compares it with the file.
 """

@@ -8,7 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from imgstorage.core.names import HostName, OpId, PoolName, VolumeName, VolumeUuid
+from imgstorage.core.names import (
+    HostName,
+    OpId,
+    PoolName,
+    VolumeName,
+    VolumeUuid,
+    pool_name,
+    volume_name,
+    volume_uuid,
+)
 
 
 class Mode(str, Enum):
@@ -116,6 +125,12 @@ class Volume:
     size_bytes: int
     version: str = ""
     state: VolumeState = VolumeState.READY
+
+    def __post_init__(self) -> None:
+        """Whatever these come from, a message or a file, they are names before anything is done with them."""
+        volume_uuid(self.uuid)
+        pool_name(self.pool)
+        volume_name(self.name)
 
     def __str__(self) -> str:
         return f"{self.pool}/{self.name}"

@@ -1,0 +1,567 @@
+"""Every message that travels between command line, frontend, NAS and containers, declared once.
+
+On the wire: a JSON object ``{"v": protocol version, "type": action, "body": {...}}``, at most
+``MAX_BODY_BYTES`` long. Unknown members are ignored, so that a newer sender may add some; a missing or
+mistyped one is an error. ``docs/messages.md`` is generated from these classes.
+
+What happens to a message that is not well:
+
+=============  ====================================================================================
+undecodable    dead-lettered with its bytes; the asker, if one can be answered, gets ``bad_message``
+unknown type   the same
+other version  ``version_mismatch``, naming both versions; dead-lettered
+oversized      ``bad_message``; dead-lettered
+wrong sender   ``wrong_sender`` and dead-lettered: what a message claims never outweighs who sent it
+duplicate      answered from the journal: the same operation id never starts anything twice
+stale          an older generation than the mapping's: ``stale_generation``, logged, nothing changes
+expired        ``expired``: judged once, when the request is accepted
+=============  ====================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
+
+import msgspec
+
+from imgstorage.core import names
+from imgstorage.core.errors import CODES, ImgStorageError
+from imgstorage.core.mapping import Generation, Held, Mode, Volume
+from imgstorage.core.names import HostName, OpId, PoolName, VolumeName, VolumeUuid
+from imgstorage.core.operations import Operation
+from imgstorage.core.ports import Device, Grant, Pool, Progress, ReturnPort
+
+PROTOCOL_VERSION = 1
+MAX_BODY_BYTES = 1 << 20
+
+
+class Role(str, Enum):
+    """Who speaks: a command line, or one of the three daemons."""
+
+    OPERATOR = "operator"
+    FRONTEND = "frontend"
+    NAS = "nas"
+    CONTAINER = "container"
+
+
+class Timeout(float, Enum):
+    """How long an asker waits for the answer, in seconds. Long work is answered with an operation id at once."""
+
+    QUICK = 10.0
+    ACCEPT = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """Base of all messages. Names in fields are checked whenever one is made or decoded."""
+
+    action: ClassVar[str] = ""
+    senders: ClassVar[frozenset[Role]] = frozenset()
+    timeout: ClassVar[Timeout] = Timeout.QUICK
+    answer: ClassVar[type[Message] | None] = None
+
+    def __post_init__(self) -> None:
+        for name, check in _checks(type(self)):
+            value = getattr(self, name)
+            if value is not None:
+                check(value)
+
+
+Check = Callable[[str], str]
+_CHECKED: dict[Any, Check] = {
+    HostName: names.host_name,
+    PoolName: names.pool_name,
+    VolumeName: names.volume_name,
+    VolumeUuid: names.volume_uuid,
+    OpId: names.op_id,
+}
+_cache: dict[type, tuple[tuple[str, Check], ...]] = {}
+
+
+def _checks(kind: type[Message]) -> tuple[tuple[str, Check], ...]:
+    """The fields of a message class that hold names, with what checks them."""
+    if kind not in _cache:
+        hints = get_type_hints(kind)
+        found = []
+        for field in fields(kind):
+            hint = hints[field.name]
+            for option in (hint, *get_args(hint)):
+                if option in _CHECKED:
+                    found.append((field.name, _CHECKED[option]))
+        _cache[kind] = tuple(found)
+    return _cache[kind]
+
+
+CATALOGUE: dict[str, type[Message]] = {}
+_Kind = TypeVar("_Kind", bound=type[Message])
+
+
+def _declare(
+    action: str, *senders: Role, timeout: Timeout = Timeout.QUICK, answer: type[Message] | None = None
+) -> Callable[[_Kind], _Kind]:
+    """Enter a message class in the catalogue under its action name, with who may send it and what answers it."""
+
+    def enter(kind: _Kind) -> _Kind:
+        kind.action, kind.senders, kind.timeout, kind.answer = action, frozenset(senders), timeout, answer
+        CATALOGUE[action] = kind
+        return kind
+
+    return enter
+
+
+ANY = (Role.FRONTEND, Role.NAS, Role.CONTAINER)
+ASKERS = (Role.OPERATOR, Role.FRONTEND)
+
+
+# -- answers
+
+
+@_declare("error", *ANY)
+@dataclass(frozen=True, kw_only=True)
+class ErrorAnswer(Message):
+    """The request was refused or failed; ``code`` is one of the catalogue of errors."""
+
+    code: str
+    message: str
+    host: str = ""
+    hint: str = ""
+
+    @classmethod
+    def of(cls, error: ImgStorageError) -> ErrorAnswer:
+        """The answer that carries ``error``."""
+        return cls(code=error.code, message=error.message, host=error.host, hint=error.hint)
+
+    def error(self) -> ImgStorageError:
+        """The error that this answer carries; a code of a newer version becomes ``failed``."""
+        code = self.code if self.code in CODES else "failed"
+        return ImgStorageError(code, self.message, host=self.host, hint=self.hint)
+
+
+@_declare("operation", *ANY)
+@dataclass(frozen=True, kw_only=True)
+class OperationAnswer(Message):
+    """How far an operation is. ``repeated``: it had been asked for before, or was done already."""
+
+    operation: Operation
+    repeated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ZvolRow:
+    """One volume of a NAS, as ``list host storagemap`` and ``list host storageimg`` show it."""
+
+    nas: HostName
+    pool: PoolName
+    volume: VolumeName
+    uuid: VolumeUuid
+    size_bytes: int
+    volume_state: str
+    state: str
+    phase: str
+    container: str = ""
+    remote_pool: str = ""
+    target: str = ""
+    mode: str = ""
+    generation: str = ""
+    version: str = ""
+    op: str = ""
+    since: float = 0.0
+    elapsed_s: float | None = None
+    done_bytes: int = 0
+    total_bytes: int = 0
+    wire_bytes: int = 0
+    device: str = ""
+    note: str = ""
+    error: str = ""
+
+
+@_declare("zvols", *ANY)
+@dataclass(frozen=True, kw_only=True)
+class ZvolList(Message):
+    """A page of volumes in the order of pool and name; ``more``: ask again, after the last of these."""
+
+    rows: tuple[ZvolRow, ...]
+    more: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DevRow:
+    """One device of a container."""
+
+    device: Device
+    elapsed_s: float | None = None
+
+
+@_declare("devices", *ANY)
+@dataclass(frozen=True, kw_only=True)
+class DevList(Message):
+    """The devices of a container."""
+
+    host: HostName
+    rows: tuple[DevRow, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostRow:
+    """A host as the frontend knows it."""
+
+    host: HostName
+    role: str
+    connected: bool
+    version: str = ""
+    pools: tuple[Pool, ...] = ()
+    alarms: tuple[str, ...] = ()
+
+
+@_declare("hosts", *ANY)
+@dataclass(frozen=True, kw_only=True)
+class HostList(Message):
+    """All hosts of the inventory."""
+
+    rows: tuple[HostRow, ...]
+
+
+@_declare("attachable", Role.CONTAINER)
+@dataclass(frozen=True, kw_only=True)
+class Attachable(Message):
+    """The container could take the volume, in this pool."""
+
+    remote_pool: PoolName | None = None
+
+
+@_declare("status", *ANY)
+@dataclass(frozen=True, kw_only=True)
+class Status(Message):
+    """A daemon's word on itself."""
+
+    host: HostName
+    role: Role
+    version: str
+    pools: tuple[Pool, ...] = ()
+    alarms: tuple[str, ...] = ()
+
+
+# -- requests: from command lines to the frontend, and on from there
+
+
+@_declare("map_zvol", *ASKERS, timeout=Timeout.ACCEPT, answer=OperationAnswer)
+@dataclass(frozen=True, kw_only=True)
+class MapZvol(Message):
+    """Map a volume to a container, creating it if it does not exist. ``mode`` None: the host's default."""
+
+    op: OpId
+    nas: HostName
+    pool: PoolName
+    volume: VolumeName
+    container: HostName
+    expires_at: float
+    size_bytes: int | None = None
+    remote_pool: PoolName | None = None
+    mode: Mode | None = None
+    requester: str = ""
+
+
+@_declare("unmap_zvol", *ASKERS, timeout=Timeout.ACCEPT, answer=OperationAnswer)
+@dataclass(frozen=True, kw_only=True)
+class UnmapZvol(Message):
+    """Take a volume back. ``pool`` may be left out while the name is unique on the NAS."""
+
+    op: OpId
+    nas: HostName
+    volume: VolumeName
+    expires_at: float
+    pool: PoolName | None = None
+    force: bool = False
+    requester: str = ""
+
+
+@_declare("add_zvol", *ASKERS, timeout=Timeout.ACCEPT, answer=OperationAnswer)
+@dataclass(frozen=True, kw_only=True)
+class AddZvol(Message):
+    """Create a volume: empty with ``size_bytes``, or from the disk image ``image`` on the NAS."""
+
+    op: OpId
+    nas: HostName
+    pool: PoolName
+    volume: VolumeName
+    expires_at: float
+    size_bytes: int | None = None
+    image: str | None = None
+    requester: str = ""
+
+
+@_declare("del_zvol", *ASKERS, timeout=Timeout.ACCEPT, answer=OperationAnswer)
+@dataclass(frozen=True, kw_only=True)
+class DelZvol(Message):
+    """Remove a volume (to the trash)."""
+
+    op: OpId
+    nas: HostName
+    pool: PoolName
+    volume: VolumeName
+    expires_at: float
+    requester: str = ""
+
+
+@_declare("dump_zvol", *ASKERS, timeout=Timeout.ACCEPT, answer=OperationAnswer)
+@dataclass(frozen=True, kw_only=True)
+class DumpZvol(Message):
+    """Write a volume's bytes to a new raw image ``path`` on the NAS."""
+
+    op: OpId
+    nas: HostName
+    pool: PoolName
+    volume: VolumeName
+    path: str
+    expires_at: float
+    requester: str = ""
+
+
+@_declare("list_zvols", *ASKERS, answer=ZvolList)
+@dataclass(frozen=True, kw_only=True)
+class ListZvols(Message):
+    """The volumes of a NAS, after ``after`` ("pool/volume"), at most ``limit``."""
+
+    nas: HostName
+    after: str = ""
+    limit: int = 1000
+
+
+@_declare("list_dev", *ASKERS, answer=DevList)
+@dataclass(frozen=True, kw_only=True)
+class ListDev(Message):
+    """The devices of a container."""
+
+    container: HostName
+
+
+@_declare("list_hosts", Role.OPERATOR, answer=HostList)
+@dataclass(frozen=True, kw_only=True)
+class ListHosts(Message):
+    """The hosts of the inventory, and which of them answer."""
+
+
+@_declare("show_operation", *ASKERS, answer=OperationAnswer)
+@dataclass(frozen=True, kw_only=True)
+class ShowOperation(Message):
+    """How far is this operation?"""
+
+    op: OpId
+
+
+@_declare("get_status", Role.FRONTEND, answer=Status)
+@dataclass(frozen=True, kw_only=True)
+class GetStatus(Message):
+    """A word on yourself, please."""
+
+
+# -- commands: from a NAS to the container that its mapping names. Each is repeated until it is answered.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(Message):
+    """Base of what a NAS asks of a container; ``attempt`` counts the times it was said."""
+
+    op: OpId
+    volume: VolumeUuid
+    generation: Generation
+    attempt: int = 0
+
+
+@_declare("check_attach", Role.NAS, answer=Attachable)
+@dataclass(frozen=True, kw_only=True)
+class CheckAttach(Message):
+    """Could you take this volume? Asked before anything is granted."""
+
+    volume: Volume
+    mode: Mode
+    remote_pool: PoolName | None = None
+
+
+@_declare("attach_zvol", Role.NAS)
+@dataclass(frozen=True, kw_only=True)
+class AttachZvol(Command):
+    """Attach the volume that ``grant`` describes and answer ``zvol_attached``."""
+
+    grant: Grant
+
+
+@_declare("sync_zvol", Role.NAS)
+@dataclass(frozen=True, kw_only=True)
+class SyncZvol(Command):
+    """Copy the volume; answer ``zvol_synced``."""
+
+
+@_declare("settle_zvol", Role.NAS)
+@dataclass(frozen=True, kw_only=True)
+class SettleZvol(Command):
+    """Merge and let go of the NAS; answer ``zvol_settled``."""
+
+
+@_declare("detach_zvol", Role.NAS)
+@dataclass(frozen=True, kw_only=True)
+class DetachZvol(Command):
+    """Take the device away; answer ``zvol_detached``."""
+
+    force: bool = False
+
+
+@_declare("return_zvol", Role.NAS)
+@dataclass(frozen=True, kw_only=True)
+class ReturnZvol(Command):
+    """Send what changed to ``port``; answer ``zvol_returned``."""
+
+    port: ReturnPort
+
+
+@_declare("release_zvol", Role.NAS)
+@dataclass(frozen=True, kw_only=True)
+class ReleaseZvol(Command):
+    """The NAS has everything, as ``version``; answer ``zvol_released``."""
+
+    version: str
+
+
+# -- reports: from a container to the NAS that granted the volume
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Message):
+    """Base of what a container says of a volume it was granted."""
+
+    op: OpId
+    volume: VolumeUuid
+    generation: Generation
+
+
+@_declare("zvol_attached", Role.CONTAINER)
+@dataclass(frozen=True, kw_only=True)
+class ZvolAttached(Report):
+    """The device is usable."""
+
+    device: str
+
+
+@_declare("zvol_synced", Role.CONTAINER)
+@dataclass(frozen=True, kw_only=True)
+class ZvolSynced(Report):
+    """The copy is complete."""
+
+
+@_declare("zvol_settled", Role.CONTAINER)
+@dataclass(frozen=True, kw_only=True)
+class ZvolSettled(Report):
+    """The container no longer needs the NAS."""
+
+
+@_declare("zvol_detached", Role.CONTAINER)
+@dataclass(frozen=True, kw_only=True)
+class ZvolDetached(Report):
+    """The device is gone; ``holds`` is what is kept, durably."""
+
+    holds: Held
+
+
+@_declare("zvol_returned", Role.CONTAINER)
+@dataclass(frozen=True, kw_only=True)
+class ZvolReturned(Report):
+    """Everything was sent to this attempt's port."""
+
+    attempt: int
+    digest: str
+
+
+@_declare("zvol_released", Role.CONTAINER)
+@dataclass(frozen=True, kw_only=True)
+class ZvolReleased(Report):
+    """What was released is a cache now, or gone."""
+
+
+@_declare("zvol_progress", Role.CONTAINER)
+@dataclass(frozen=True, kw_only=True)
+class ZvolProgress(Report):
+    """A copy goes on (or pauses, and why)."""
+
+    progress: Progress
+
+
+@_declare("step_failed", Role.CONTAINER)
+@dataclass(frozen=True, kw_only=True)
+class StepFailed(Report):
+    """A command could not be carried out. ``retry``: it may work later."""
+
+    step: str
+    code: str
+    message: str
+    retry: bool
+
+
+# -- news
+
+
+@_declare("hello", *ANY)
+@dataclass(frozen=True, kw_only=True)
+class Hello(Message):
+    """A daemon came up, or its connection did. ``boot`` is the host's boot id, ``life`` the daemon's own."""
+
+    host: HostName
+    role: Role
+    version: str
+    boot: str
+    life: str
+
+
+@_declare("operation_changed", Role.NAS, Role.FRONTEND)
+@dataclass(frozen=True, kw_only=True)
+class OperationChanged(Message):
+    """An operation went on."""
+
+    operation: Operation
+
+
+# -- the wire
+
+
+class _Envelope(msgspec.Struct):
+    v: int
+    type: str
+    body: msgspec.Raw
+
+
+_decoders: dict[type[Message], msgspec.json.Decoder[Any]] = {}
+_envelope = msgspec.json.Decoder(_Envelope)
+_encoder = msgspec.json.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """The bytes of a message. Raises ``bad_message`` if they are more than ``MAX_BODY_BYTES``."""
+    body = _encoder.encode({"v": PROTOCOL_VERSION, "type": message.action, "body": message})
+    if len(body) > MAX_BODY_BYTES:
+        raise ImgStorageError("bad_message", f"a {message.action} message of {len(body)} bytes is too long to send")
+    return body
+
+
+def decode(body: bytes) -> Message:
+    """The message in ``body``, checked. Raises ``bad_message``, ``version_mismatch``, ``bad_name``."""
+    if len(body) > MAX_BODY_BYTES:
+        raise ImgStorageError("bad_message", f"a message of {len(body)} bytes is over {MAX_BODY_BYTES}")
+    try:
+        envelope = _envelope.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ImgStorageError("bad_message", f"not a message: {error}") from None
+    if envelope.v != PROTOCOL_VERSION:
+        raise ImgStorageError(
+            "version_mismatch", f"a message of protocol version {envelope.v}; this is version {PROTOCOL_VERSION}"
+        )
+    kind = CATALOGUE.get(envelope.type)
+    if kind is None:
+        raise ImgStorageError("bad_message", f"unknown message type {envelope.type[:60]!r}")
+    decoder = _decoders.setdefault(kind, msgspec.json.Decoder(kind))
+    try:
+        message: Message = decoder.decode(envelope.body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ImgStorageError("bad_message", f"a malformed {envelope.type} message: {error}") from None
+    return message
