@@ -1,0 +1,1 @@
+"""The daemons' databases: SQLite through sqlite-utils, one file and one connection per daemon."""
