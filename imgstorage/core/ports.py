@@ -17,7 +17,6 @@ qemu-storage-daemon) and ``planes/kernel`` (zvols, tgt or LIO, open-iscsi, devic
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -376,32 +375,4 @@ class Tasks(Protocol):
 
     def run(self, key: str, work: Callable[[], None], delay_s: float = 0.0) -> None:
         """Run ``work`` after ``delay_s``, in the order of ``key``. An exception in it is logged, and ends it only."""
-        ...
-
-
-class Transport(Protocol):
-    """What the engine needs of a message bus. Thread-safe; see :mod:`imgstorage.core.messages` for addresses."""
-
-    def send(
-        self,
-        exchange: str,
-        key: str,
-        body: bytes,
-        *,
-        correlation: str = "",
-        reply_to: str = "",
-        mandatory: bool = False,
-    ) -> None:
-        """Publish and wait until the broker has it (publisher confirm).
-
-        Raises ``unreachable`` if ``mandatory`` and no queue takes it, ``broker_unreachable``.
-        """
-        ...
-
-
-class Transactions(Protocol):
-    """A store's write transaction: all or nothing, durable when the block ends."""
-
-    def write(self) -> AbstractContextManager[None]:
-        """``BEGIN IMMEDIATE`` … ``COMMIT``; rolled back by any exception."""
         ...

@@ -82,17 +82,17 @@ class Database:
     def upsert(self, table: str, row: Mapping[str, object], *keys: str) -> None:
         """Insert the row, or replace what has the same key."""
         with self.write():
-            self.db.table(table).upsert(dict(row), pk=keys if len(keys) > 1 else keys[0])  # type: ignore[union-attr]
+            self.db.table(table).upsert(dict(row), pk=keys if len(keys) > 1 else keys[0])
 
     def delete(self, table: str, where: str, *parameters: object) -> None:
         """Delete the rows that a condition names."""
         with self.write():
-            self.db.table(table).delete_where(where, list(parameters))  # type: ignore[union-attr]
+            self.db.table(table).delete_where(where, list(parameters))
 
     def insert(self, table: str, row: Mapping[str, object]) -> None:
         """Append a row."""
         with self.write():
-            self.db.table(table).insert(dict(row))  # type: ignore[union-attr]
+            self.db.table(table).insert(dict(row))
 
     def close(self) -> None:
         """Close the file."""

@@ -20,7 +20,6 @@ from imgstorage.store.database import Database, from_row, to_row
 
 MIGRATIONS = Migrations("nas")
 _NESTED = ("generation", "verified")
-_ENDED = "(" + ", ".join(f"'{milestone.value}'" for milestone in sorted(FINAL)) + ")"
 
 
 @MIGRATIONS()
@@ -125,8 +124,10 @@ class NasStore(Database):
 
     def unfinished(self) -> Sequence[Operation]:
         """The operations that have not ended, oldest first."""
-        sql = f"SELECT * FROM operations WHERE milestone NOT IN {_ENDED} ORDER BY accepted_at"
-        return [from_row(Operation, row) for row in self.rows(sql)]
+        ended = [milestone.value for milestone in FINAL]
+        marks = ", ".join("?" * len(ended))
+        sql = f"SELECT * FROM operations WHERE milestone NOT IN ({marks}) ORDER BY accepted_at"  # noqa: S608
+        return [from_row(Operation, row) for row in self.rows(sql, *ended)]
 
     def log(self, line: JournalLine) -> None:
         """Append to the journal."""
