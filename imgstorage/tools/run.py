@@ -56,8 +56,9 @@ def which(program: str) -> str:
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment that commands run in."""
-    kept = {key: os.environ[key] for key in ("HOME", "TMPDIR", "XDG_RUNTIME_DIR") if key in os.environ}
+    """The environment that commands run in; IMGSTORAGE_RUN tells the tests which processes they started."""
+    names = ("HOME", "TMPDIR", "XDG_RUNTIME_DIR", "IMGSTORAGE_RUN")
+    kept = {key: os.environ[key] for key in names if key in os.environ}
     return {**kept, "LC_ALL": "C", "PATH": f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}", **(extra or {})}
 
 

@@ -1,0 +1,31 @@
+# Shortcuts for contributors; each is one command of admin/ or of .venv.
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check unit format lock clean
+
+help: ## show these targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+install: ## install what is missing: Debian packages (as root) and .venv
+	@admin/install --test
+
+demo: ## run the main job on a real disk image, on this machine
+	@admin/demo
+
+test: ## all checks and all tests
+	@admin/test
+
+check: install ## style, layout, types, imports
+	@admin/check
+
+unit: ## the unit tests
+	@admin/test tests/unit
+
+format: install ## lay out the code and put right what can be
+	@.venv/bin/ruff check --fix --quiet . ; .venv/bin/ruff format .
+
+lock: ## write the locked requirements anew (UPGRADE=1: newest versions)
+	@admin/lock $(if $(UPGRADE),--upgrade)
+
+clean: ## remove what was made here, but nothing under version control
+	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
