@@ -1,0 +1,211 @@
+"""The back daemon: the chain of nodes below a device, and its export over NBD.
+
+    NAS LUN "nas" (iSCSI, read-only in sync mode) ← "base" ← "ovl" ← "thr" (throttle) ← export "exp"
+
+The chain is always built from explicit nodes; what a qcow2 header says of its backing is never used. One daemon
+per volume: adding an iSCSI node is synchronous, so a frozen NAS freezes one volume's monitor and no other's.
+The throttle node lets guest writes pause while the pool is full; it changes groups by blockdev-reopen, because
+that drains it, and requests that wait under the old limit go on at once.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from imgstorage.core.errors import ImgStorageError
+from imgstorage.core.ports import Portal
+from imgstorage.planes.userspace import files, layout, state
+from imgstorage.planes.userspace.holding import Holding
+from imgstorage.planes.userspace.names import initiator_name
+from imgstorage.planes.userspace.state import CopyPhase
+from imgstorage.tools import storage_daemon
+from imgstorage.tools.qmp import Monitor, check_socket_path
+from imgstorage.tools.storage_daemon import qcow2_node
+
+ISCSI_TIMEOUT_S = 8  # a LUN that does not answer fails the command; libiscsi reconnects by itself
+CREATE_TIMEOUT_S = 30.0
+EXPORT = "exp"
+STREAM_JOB = "sync"
+FREE, HELD_BACK = "free", "heldback"
+
+
+def open_lun(monitor: Monitor, holding: Holding, portal: Portal, name: str, *, writable: bool, size: int) -> None:
+    """Log in and add the LUN as a node. The secret goes over the monitor only. Raises ``failed``."""
+    secret = f"{name}-chap"
+    node: dict[str, Any] = {
+        "driver": "iscsi",
+        "node-name": name,
+        "transport": "tcp",
+        "portal": f"{portal.address}:{portal.port}",
+        "target": portal.iqn,
+        "lun": portal.lun,
+        "initiator-name": initiator_name(holding.settings.host),
+        "timeout": ISCSI_TIMEOUT_S,
+        "read-only": not writable,
+    }
+    if portal.user:
+        node.update({"user": portal.user, "password-secret": secret})
+        monitor.command("object-add", {"qom-type": "secret", "id": secret, "data": portal.secret})
+    try:
+        monitor.command("blockdev-add", node, timeout_s=4 * ISCSI_TIMEOUT_S)
+    except ImgStorageError:
+        if portal.user:
+            monitor.command("object-del", {"id": secret})
+        raise
+    found = storage_daemon.nodes(monitor)[name]["image"]["virtual-size"]
+    if size and found != size:
+        raise ImgStorageError("diverged", f"the LUN has {found} bytes, the volume {size}")
+
+
+def close_lun(monitor: Monitor, name: str, portal: Portal | None) -> None:
+    """Log out, if logged in."""
+    if name in storage_daemon.nodes(monitor):
+        monitor.command("blockdev-del", {"node-name": name})
+    if portal is not None and portal.user:
+        objects = {entry["name"] for entry in monitor.command("qom-list", {"path": "/objects"})}
+        if f"{name}-chap" in objects:
+            monitor.command("object-del", {"id": f"{name}-chap"})
+
+
+def format_qcow2(monitor: Monitor, file_node: str, size: int, backing: tuple[str, str] | None) -> None:
+    """Write an empty qcow2 image with 4 KiB subclusters into a node. Raises ``failed``."""
+    options: dict[str, Any] = {
+        "driver": "qcow2",
+        "file": file_node,
+        "size": size,
+        "cluster-size": layout.OVERLAY_CLUSTER_BYTES,
+        "extended-l2": True,
+    }
+    if backing:
+        options.update({"backing-file": backing[0], "backing-fmt": backing[1]})
+    monitor.command("blockdev-create", {"job-id": "format", "options": options})
+    job = storage_daemon.await_job(monitor, "format", "concluded", CREATE_TIMEOUT_S)
+    monitor.command("job-dismiss", {"id": "format"})
+    if job is None or job.error:
+        raise ImgStorageError("failed", f"the overlay could not be formatted: {job.error if job else 'job lost'}")
+
+
+def make_overlay(monitor: Monitor, holding: Holding) -> None:
+    """A new, empty overlay, durable when this returns. Only while the record says ``preparing``."""
+    if holding.known.phase is not CopyPhase.PREPARING:
+        raise ImgStorageError("internal", "an overlay is only made while preparing")
+    holding.overlay.unlink(missing_ok=True)
+    os.close(os.open(holding.overlay, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    monitor.command("blockdev-add", {"driver": "file", "node-name": "new", "filename": str(holding.overlay)})
+    try:
+        format_qcow2(monitor, "new", holding.known.grant.volume.size_bytes, ("below", "raw"))
+    finally:
+        monitor.command("blockdev-del", {"node-name": "new"})
+    files.fsync_file(holding.overlay)
+    files.fsync_dir(holding.folder)
+
+
+def overlay_node(holding: Holding, below: str) -> dict[str, Any]:
+    """The overlay over ``below``."""
+    return qcow2_node("ovl", holding.overlay, below)
+
+
+def base_node(holding: Holding) -> dict[str, Any]:
+    """The local copy: read-only (the stream opens it writable for its time, and flushes it when it closes it)."""
+    return qcow2_node("base", holding.base, None if holding.known.base_complete else "nas", read_only=True)
+
+
+def launch_back(holding: Holding) -> Monitor:
+    """A new incarnation of the back daemon, empty; returns a connection to it, not yet entered."""
+    folder = holding.make_run_folder()
+    number = holding.runtime.incarnation + 1
+    monitor, nbd = folder / f"b{number}.mon", folder / f"b{number}.nbd"
+    check_socket_path(nbd)
+    daemon = storage_daemon.launch(monitor, folder / "back.log")
+    holding.set_runtime(incarnation=number, back=daemon, nbd=str(nbd))
+    holding.clear_run_files(".nbd", str(nbd))
+    return daemon.connect()
+
+
+def build(monitor: Monitor, holding: Holding) -> str:
+    """Add the volume's nodes; returns the one to export. In ``preparing`` a new overlay is made on the way."""
+    record = holding.known
+    volume = record.grant.volume
+    direct = record.pool is None
+    if record.needs_nas:
+        if record.grant.portal is None:
+            raise ImgStorageError("internal", "the grant names no portal")
+        open_lun(monitor, holding, record.grant.portal, "nas", writable=direct, size=volume.size_bytes)
+    if direct:
+        return "nas"
+    below = "nas"
+    if holding.base.exists():
+        monitor.command("blockdev-add", base_node(holding))
+        below = "base"
+    elif record.base_complete:
+        raise ImgStorageError("lost_copy", f"{holding.base} is gone, though the copy was complete")
+    if record.phase is CopyPhase.PREPARING:
+        make_overlay(monitor, holding)
+    monitor.command("blockdev-add", overlay_node(holding, below))
+    monitor.command("object-add", {"qom-type": "throttle-group", "id": FREE})
+    monitor.command("object-add", {"qom-type": "throttle-group", "id": HELD_BACK, "limits": {"bps-write": 1}})
+    monitor.command("blockdev-add", throttle_node(FREE))
+    holding.paused = False
+    return "thr"
+
+
+def throttle_node(group: str) -> dict[str, Any]:
+    """The node above the overlay, in one of the two groups."""
+    return {"driver": "throttle", "node-name": "thr", "throttle-group": group, "file": "ovl"}
+
+
+def hold_writes(monitor: Monitor, *, back: bool) -> None:
+    """Let guest writes wait, or go on."""
+    monitor.command("blockdev-reopen", {"options": [throttle_node(HELD_BACK if back else FREE)]})
+
+
+def offer(monitor: Monitor, holding: Holding, node: str) -> None:
+    """Export a node over NBD."""
+    address = {"type": "unix", "data": {"path": holding.runtime.nbd}}
+    monitor.command("nbd-server-start", {"addr": address, "max-connections": 100})
+    monitor.command(
+        "block-export-add",
+        {"type": "nbd", "id": EXPORT, "node-name": node, "name": holding.device_name, "writable": True},
+    )
+
+
+def reopen_back(holding: Holding) -> None:
+    """Bring the device's back into being from the record (not in ``preparing``). Raises ``failed``, ``lost_copy``."""
+    record = holding.known
+    if record.phase is CopyPhase.SYNCING and record.boot_id != state.current_boot_id():
+        files.remove_durably(holding.base)  # a power loss may have torn it; the overlay is never touched
+        holding.advance(CopyPhase.SYNCING, boot_id=state.current_boot_id())
+    end_back(holding)
+    try:
+        with launch_back(holding) as monitor:
+            offer(monitor, holding, build(monitor, holding))
+    except ImgStorageError:
+        end_back(holding)
+        raise
+
+
+def connect(holding: Holding) -> Monitor:
+    """A connection to the back daemon's monitor, not yet entered. Raises ``failed`` if it does not run."""
+    daemon = holding.back
+    if daemon is None:
+        raise ImgStorageError("failed", "the storage daemon of the volume is gone")
+    return daemon.connect()
+
+
+def serving(holding: Holding) -> bool:
+    """Whether the back daemon lives and offers the device."""
+    if holding.back is None:
+        return False
+    try:
+        with holding.back.connect() as monitor:
+            return EXPORT in storage_daemon.exports(monitor)
+    except ImgStorageError:
+        return False
+
+
+def end_back(holding: Holding) -> None:
+    """End the back daemon, flushing what it holds; nothing if there is none."""
+    if holding.runtime.back is not None:
+        storage_daemon.end(holding.runtime.back)
+        holding.set_runtime(back=None)

@@ -1,0 +1,403 @@
+"""The container side of the userspace data plane: the verbs of ``core.ports.ContainerPlane``.
+
+Here are only the decisions: which verb is legal in which phase of a volume's record, and in which order things
+become durable. How a chain is built, filled, sent back and kept alive is in the modules beside this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from imgstorage.core.errors import ImgStorageError
+from imgstorage.core.mapping import Generation, Held, Mode, Volume
+from imgstorage.core.names import PoolName, VolumeName, VolumeUuid
+from imgstorage.core.ports import Device, Grant, HeldCopy, Pool, Progress, ReturnPort
+from imgstorage.planes.userspace import (
+    care,
+    chain,
+    files,
+    front,
+    hydrate,
+    layout,
+    openers,
+    sendback,
+    space,
+    state,
+    warm,
+)
+from imgstorage.planes.userspace.holding import Holding
+from imgstorage.planes.userspace.settings import ContainerSettings
+from imgstorage.planes.userspace.state import CopyPhase, CopyRecord, Seen
+
+log = logging.getLogger(__name__)
+
+RECOVERY_THREADS = 8
+
+
+class UserspaceContainer:
+    """A container whose devices are qemu-storage-daemon exports. See :class:`imgstorage.core.ports.ContainerPlane`."""
+
+    def __init__(self, settings: ContainerSettings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._holdings: dict[VolumeUuid, Holding] = {}
+        self._fuse = False
+        self._said: dict[str, str] = {}
+
+    # -- life -----------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """See the protocol. A volume that cannot be served now is left to ``tend``."""
+        settings = self._settings
+        for folder in (settings.state_dir, settings.run_dir, self._seen_dir, self._direct_dir):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._fuse = settings.fuse == "on" or (settings.fuse == "auto" and front.available(settings.run_dir))
+        for place in self._places():
+            care.empty_trash(place)
+        for folder in state.folders(self._places()):
+            record = state.load(folder)
+            if record is not None:
+                uuid = record.grant.volume.uuid
+                self._holdings.setdefault(uuid, Holding(settings, folder, uuid))
+        with ThreadPoolExecutor(RECOVERY_THREADS) as workers:
+            list(workers.map(self._recover, list(self._holdings.values())))
+
+    def _recover(self, holding: Holding) -> None:
+        try:
+            care.recover(holding, fuse=self._fuse)
+            if holding.known.phase is CopyPhase.RELEASING:
+                warm.finish_release(holding)
+        except (ImgStorageError, OSError) as error:
+            log.warning("volume %s is not served yet: %s", holding.uuid, error)
+
+    def stop(self) -> None:
+        """See the protocol."""
+        for holding in self._all():
+            hydrate.cancel(holding)
+            sendback.cancel(holding)
+            with holding.lock:
+                care.end_all(holding, force=True)
+
+    # -- places ---------------------------------------------------------------------------------------------
+
+    @property
+    def _seen_dir(self) -> Path:
+        return self._settings.state_dir / "seen"
+
+    @property
+    def _direct_dir(self) -> Path:
+        return self._settings.state_dir / "direct"
+
+    def _places(self) -> Iterator[Path]:
+        yield from self._settings.pools.values()
+        yield self._direct_dir
+
+    def _folder(self, name: VolumeName, pool: PoolName | None) -> Path:
+        return (self._settings.pools[pool] if pool else self._direct_dir) / name
+
+    def _all(self) -> list[Holding]:
+        with self._lock:
+            return [holding for holding in self._holdings.values() if holding.record is not None]
+
+    def _find(self, volume: VolumeUuid, generation: Generation) -> Holding:
+        """The holding of this grant. Raises ``lost_copy``, ``stale_generation``."""
+        holding = self._holdings.get(volume)
+        if holding is None or holding.record is None:
+            raise ImgStorageError("lost_copy", f"nothing of volume {volume} is here", host=self._settings.host)
+        if holding.record.grant.generation != generation:
+            raise self._stale(holding.record, generation)
+        return holding
+
+    def _stale(self, record: CopyRecord, asked: Generation) -> ImgStorageError:
+        return ImgStorageError(
+            "stale_generation",
+            f"{record.grant.volume.name} is here under {record.grant.generation}, not {asked}",
+            host=self._settings.host,
+        )
+
+    def pools(self) -> Sequence[Pool]:
+        """See the protocol."""
+        return [care.pool(name, folder) for name, folder in self._settings.pools.items() if folder.is_dir()]
+
+    def _choose(self, pool: PoolName | None) -> PoolName:
+        names = list(self._settings.pools)
+        chosen = pool or self._settings.default_pool or (names[0] if len(names) == 1 else None)
+        if chosen is None or chosen not in self._settings.pools or not self._settings.pools[chosen].is_dir():
+            raise ImgStorageError("not_found", f"no pool {chosen or '(none named)'} here", host=self._settings.host)
+        return chosen
+
+    # -- attach ---------------------------------------------------------------------------------------------
+
+    def check(self, volume: Volume, mode: Mode, pool: PoolName | None) -> PoolName | None:
+        """See the protocol. Caches are dropped, oldest first, if that makes room."""
+        self._refuse_clash(volume)
+        if mode is Mode.DIRECT:
+            return None
+        layout.check_overlay_size(volume.size_bytes)
+        chosen = self._choose(pool)
+        state_of = self._holdings.get(volume.uuid)
+        if state_of is None or state_of.record is None:
+            state.refuse_foreign(self._folder(volume.name, chosen))
+        space.make_room(self._settings, self._all(), volume, chosen)
+        return chosen
+
+    def _refuse_clash(self, volume: Volume) -> None:
+        """Raise ``conflict`` for another volume of this name, or an unsaved copy of this one."""
+        for holding in self._all():
+            record = holding.known
+            there = record.grant.volume
+            if there.name == volume.name and there.uuid != volume.uuid and record.phase is not CopyPhase.CACHE:
+                raise ImgStorageError(
+                    "conflict", f"another volume named {volume.name} is here", host=self._settings.host
+                )
+            if there.uuid == volume.uuid and record.phase not in (CopyPhase.CACHE, CopyPhase.PREPARING):
+                raise ImgStorageError(
+                    "conflict",
+                    f"a copy of {volume.name} under {record.grant.generation} is here ({record.phase.value})",
+                    host=self._settings.host,
+                )
+
+    def attach(self, grant: Grant) -> Device:
+        """See the protocol."""
+        holding = self._holding_for(grant)
+        with holding.lock:
+            record = holding.record
+            if record is not None and record.grant.generation == grant.generation:
+                if record.phase in state.OFFERED:
+                    moved = state.with_portal_of(record, grant)
+                    if moved != record:
+                        holding.advance(record.phase, grant=moved.grant)
+                    care.ensure_served(holding, fuse=self._fuse)
+                    return self._device(holding)
+                if record.phase is not CopyPhase.PREPARING:
+                    raise ImgStorageError("conflict", f"{grant.volume.name} is {record.phase.value} here")
+            self._prepare(holding, grant)
+            self._bring_up(holding)
+            return self._device(holding)
+
+    def _holding_for(self, grant: Grant) -> Holding:
+        """Where a grant's copy is or will be. Raises ``stale_generation``, ``conflict``."""
+        volume = grant.volume
+        held = self._holdings.get(volume.uuid)
+        record = held.record if held else None
+        if record is None or record.grant.generation != grant.generation:
+            self._refuse_old(volume, grant.generation)
+            self._refuse_clash(volume)
+        if held is not None and record is not None and record.grant.generation == grant.generation:
+            return held
+        pool = None if grant.mode is Mode.DIRECT else self._choose(grant.remote_pool)
+        folder = self._folder(volume.name, pool)
+        self._drop_cache_in(folder, volume, keep=grant.mode is Mode.SYNC)
+        if held is not None and held.record is not None and held.folder != folder:
+            with held.lock:
+                care.end_all(held, force=True)
+                held.drop()
+        with self._lock:
+            now = self._holdings.get(volume.uuid)
+            if now is None or now.record is None:
+                state.refuse_foreign(folder)
+                now = self._holdings[volume.uuid] = Holding(self._settings, folder, volume.uuid)
+            return now
+
+    def _drop_cache_in(self, folder: Path, volume: Volume, *, keep: bool) -> None:
+        """Make way for a volume: a cache of another volume of this name, or of another version of this one, goes."""
+        for holding in self._all():
+            record = holding.known
+            if holding.folder != folder or record.phase is not CopyPhase.CACHE:
+                continue
+            same = record.grant.volume.uuid == volume.uuid and warm.usable(record, volume)
+            if not (same and keep):
+                with holding.lock:
+                    holding.drop()
+
+    def _prepare(self, holding: Holding, grant: Grant) -> None:
+        """Record the grant durably as ``preparing``: from here its files may be made, and made again."""
+        old = holding.record
+        warm_start = old is not None and old.base_complete and warm.usable(old, grant.volume)
+        pool = None if grant.mode is Mode.DIRECT else self._choose(grant.remote_pool)
+        self._see(grant.volume.uuid, Seen(generation=grant.generation))
+        holding.begin(
+            CopyRecord(
+                phase=CopyPhase.PREPARING,
+                grant=grant,
+                pool=pool,
+                boot_id=state.current_boot_id(),
+                base_complete=warm_start,
+                version=grant.volume.version,
+            )
+        )
+        care.end_all(holding, force=True)
+        for entry in holding.folder.glob(f"{state.NEW_BASE_PREFIX}*"):
+            entry.unlink()
+        if not warm_start:
+            holding.base.unlink(missing_ok=True)
+
+    def _bring_up(self, holding: Holding) -> None:
+        """The device of a prepared grant. The record says what it will be before the device is offered."""
+        record = holding.known
+        try:
+            with chain.launch_back(holding) as monitor:
+                node = chain.build(monitor, holding)
+                if record.pool is None:
+                    holding.advance(CopyPhase.DIRECT)
+                else:
+                    holding.advance(CopyPhase.LOCAL if record.base_complete else CopyPhase.SYNCING)
+                chain.offer(monitor, holding, node)
+            if self._fuse:
+                front.open_front(holding)
+        except ImgStorageError:
+            care.end_all(holding, force=True)
+            raise
+
+    # -- generations ever met -------------------------------------------------------------------------------
+
+    def _see(self, volume: VolumeUuid, seen: Seen) -> None:
+        path = self._seen_dir / f"{volume}.json"
+        before = files.read_json(path, Seen)
+        if before != seen and (before is None or before.generation.counter <= seen.generation.counter):
+            files.write_json(path, seen)
+
+    def _refuse_old(self, volume: Volume, generation: Generation) -> None:
+        seen = files.read_json(self._seen_dir / f"{volume.uuid}.json", Seen)
+        if seen is None or generation.counter > seen.generation.counter:
+            return
+        if seen.generation == generation and not seen.closed:
+            return
+        raise ImgStorageError(
+            "stale_generation",
+            f"{volume.name} was {'let go' if seen.closed else 'met'} here under {seen.generation}: "
+            f"{generation} is not newer",
+            host=self._settings.host,
+        )
+
+    # -- copies ---------------------------------------------------------------------------------------------
+
+    def hydrate(self, volume: VolumeUuid, generation: Generation) -> None:
+        """See the protocol."""
+        hydrate.start(self._find(volume, generation))
+
+    def settle(self, volume: VolumeUuid, generation: Generation) -> Progress:
+        """See the protocol."""
+        return hydrate.settle(self._find(volume, generation))
+
+    def progress(self, volume: VolumeUuid, generation: Generation) -> Progress:
+        """See the protocol."""
+        holding = self._find(volume, generation)
+        return sendback.progress(holding) or hydrate.progress(holding)
+
+    def send_back(self, volume: VolumeUuid, generation: Generation, port: ReturnPort) -> None:
+        """See the protocol. ``not_allowed`` for a pull: this plane sends back only what is not in use."""
+        sendback.start(self._find(volume, generation), port)
+
+    # -- letting go -----------------------------------------------------------------------------------------
+
+    def openers(self, volume: VolumeUuid) -> Sequence[str]:
+        """See the protocol."""
+        holding = self._holdings.get(volume)
+        return [] if holding is None or holding.record is None else self._openers(holding)
+
+    def _openers(self, holding: Holding) -> list[str]:
+        ours = {daemon.pid for daemon in (holding.back, holding.front) if daemon}
+        found = openers.of_file(Path(holding.runtime.mount), ours) if holding.runtime.mount else []
+        if holding.back is not None and holding.runtime.nbd:
+            clients = openers.of_socket(holding.runtime.nbd, {*ours, os.getpid()})
+            found += [one for one in clients if not (holding.hydrating.running and one.startswith("qemu-img "))]
+        return found
+
+    def detach(self, volume: VolumeUuid, generation: Generation, force: bool) -> Held:
+        """See the protocol."""
+        holding = self._holdings.get(volume)
+        record = holding.record if holding else None
+        if holding is None or record is None or record.grant.generation.counter < generation.counter:
+            self._see(volume, Seen(generation=generation, closed=True))
+            return Held.NOTHING
+        if record.grant.generation != generation:
+            raise self._stale(record, generation)
+        if record.phase not in (*state.OFFERED, CopyPhase.PREPARING):
+            return record.held
+        if not force and (found := self._openers(holding)):
+            raise self._in_use(record, found)
+        hydrate.cancel(holding)
+        with holding.lock:
+            if not front.close_front(holding, force=force):
+                raise self._in_use(record, self._openers(holding) or ["the kernel (a mount or a loop device)"])
+            chain.end_back(holding)
+            self._see(volume, Seen(generation=generation, closed=True))
+            if record.phase in (CopyPhase.DIRECT, CopyPhase.PREPARING):
+                holding.drop()
+                return Held.NOTHING
+            files.fsync_file(holding.overlay)
+            return holding.advance(CopyPhase.RETURNING).held
+
+    def _in_use(self, record: CopyRecord, found: Sequence[str]) -> ImgStorageError:
+        return ImgStorageError(
+            "in_use",
+            f"{record.grant.volume.name} is held open by {', '.join(found)}",
+            host=self._settings.host,
+            hint="end it, or use force=yes to cut it off",
+        )
+
+    def release(self, volume: VolumeUuid, generation: Generation, version: str) -> None:
+        """See the protocol."""
+        holding = self._holdings.get(volume)
+        if holding is None or holding.record is None or holding.record.phase is CopyPhase.CACHE:
+            return
+        record = self._find(volume, generation).known
+        if record.phase not in (CopyPhase.RETURNING, CopyPhase.RELEASING):
+            raise ImgStorageError("not_allowed", f"{record.grant.volume.name} is {record.phase.value}: still in use")
+        sendback.cancel(holding)
+        with holding.lock:
+            if record.phase is CopyPhase.RETURNING:
+                holding.advance(CopyPhase.RELEASING, version=version, boot_id=state.current_boot_id())
+            warm.finish_release(holding)
+
+    # -- what is here ---------------------------------------------------------------------------------------
+
+    def held(self) -> Sequence[HeldCopy]:
+        """See the protocol."""
+        return [holding.known.as_held() for holding in self._all()]
+
+    def devices(self) -> Sequence[Device]:
+        """See the protocol."""
+        return [self._device(holding) for holding in self._all() if holding.known.phase in state.OFFERED]
+
+    def _device(self, holding: Holding) -> Device:
+        record = holding.known
+        volume = record.grant.volume
+        portal = record.grant.portal
+        remote = f"iscsi://{portal.address}:{portal.port}/{portal.iqn}/{portal.lun}" if portal else ""
+        syncing = record.phase is CopyPhase.SYNCING
+        overlay = holding.overlay.stat().st_blocks if syncing else 0
+        return Device(
+            volume=volume.uuid,
+            name=volume.name,
+            path=holding.device_path,
+            size_bytes=volume.size_bytes,
+            status="" if record.pool is None else "snapshot" if syncing else "linear",
+            block_device=remote if record.needs_nas else "",
+            synced=f"{overlay}/{volume.size_bytes // 512} 0" if syncing else "",
+            started=syncing and holding.hydrating.wanted,
+            generation=record.grant.generation,
+            nas=record.grant.nas,
+            pool=volume.pool,
+        )
+
+    def tend(self) -> Sequence[str]:
+        """See the protocol."""
+        said: dict[str, str] = {}
+        for holding in self._all():
+            said[holding.uuid] = care.tend(holding, fuse=self._fuse)
+            pool = holding.record.pool if holding.record else None
+            with contextlib.suppress(OSError):
+                if pool is not None:
+                    free = care.pool(pool, self._settings.pools[pool]).free_bytes
+                    said[f"{holding.uuid} space"] = care.watch_space(holding, free, pool)
+        fresh = [text for key, text in said.items() if text and text != self._said.get(key)]
+        self._said = said
+        return fresh
