@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from imgstorage.bus.delivery import Delivery, Verdict
 from imgstorage.bus.outgoing import Outgoing
-from imgstorage.bus.parameters import HEARTBEAT_S, MAX_BODY_BYTES, check_urls
+from imgstorage.bus.parameters import HEARTBEAT_S, check_urls
 from imgstorage.bus.topology import check_delivery
 from imgstorage.core.errors import ImgStorageError
+from imgstorage.core.messages import MAX_BODY_BYTES
 
 if TYPE_CHECKING:
     from imgstorage.bus.link import Link

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from imgstorage.bus.delivery import Delivery
-from imgstorage.bus.parameters import MAX_BODY_BYTES, check_urls, parameters, why, without_user
+from imgstorage.bus.parameters import check_urls, parameters, why, without_user
 from imgstorage.bus.topology import (
     EVENTS,
     FRONTEND,
@@ -26,7 +26,9 @@ from imgstorage.bus.topology import (
     request_key,
 )
 from imgstorage.core.errors import ImgStorageError
+from imgstorage.core.messages import MAX_BODY_BYTES, ErrorAnswer, Message, OperationChanged, decode, encode
 from imgstorage.core.names import OpId
+from imgstorage.core.operations import Operation
 
 
 class Client:
@@ -88,6 +90,30 @@ class Client:
                 connection.close()
         except (pika.exceptions.AMQPError, OSError):
             pass
+
+    def ask(self, message: Message, *, timeout_s: float | None = None) -> Message:
+        """Ask the frontend and wait for its answer, by default as long as the message's class says.
+
+        Raises what :meth:`request` does, the error that was answered, and ``bad_message`` for an answer of
+        another class than the one declared.
+        """
+        wait_s = float(message.timeout) if timeout_s is None else timeout_s
+        reply = self.request(encode(message), timeout_s=wait_s)
+        if reply.oversized:
+            raise ImgStorageError("bad_message", "the frontend's answer is too large")
+        answer = decode(reply.body)
+        if isinstance(answer, ErrorAnswer):
+            raise answer.error()
+        if message.answer is not None and not isinstance(answer, message.answer):
+            raise ImgStorageError("bad_message", f"the frontend answered {message.action} with {answer.action}")
+        return answer
+
+    def news(self, timeout_s: float) -> Iterator[Operation]:
+        """The operations followed, each time that one went on; see :meth:`events`."""
+        for delivery in self.events(timeout_s):
+            message = decode(delivery.body)
+            if isinstance(message, OperationChanged):
+                yield message.operation
 
     def request(self, body: bytes, *, timeout_s: float) -> Delivery:
         """Ask the frontend; returns its answer, whose body may be cut (``oversized``).

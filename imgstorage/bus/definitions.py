@@ -30,10 +30,10 @@ from imgstorage.bus.topology import (
     VHOST,
     WORDS,
     Party,
-    Role,
     key_of,
 )
 from imgstorage.core.errors import ImgStorageError
+from imgstorage.core.messages import Role
 from imgstorage.core.names import MIB, host_name
 
 TOPIC_EXCHANGES = (REQUESTS, COMMANDS, EVENTS, REPLIES)

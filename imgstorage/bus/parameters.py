@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 HEARTBEAT_S = 10
 BLOCKED_S = 15.0  # a broker in a memory or disk alarm takes nothing; pika waits for ever by default
 CONNECT_S = 5.0
-MAX_BODY_BYTES = 1 << 20
 
 
 def check_urls(urls: Sequence[str]) -> tuple[str, ...]:

@@ -21,10 +21,10 @@ import re
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
-from enum import Enum
 
 from imgstorage.bus.delivery import Delivery
 from imgstorage.core.errors import ImgStorageError
+from imgstorage.core.messages import Role
 from imgstorage.core.names import HostName, OpId, host_name
 
 VHOST = "imgstorage"
@@ -34,15 +34,6 @@ EVENTS = "imgstorage.events"
 REPLIES = "imgstorage.replies"
 DEAD = "imgstorage.dead"
 DEAD_LETTERS = "imgstorage.dead-letters"
-
-
-class Role(str, Enum):
-    """What a party of the bus is."""
-
-    FRONTEND = "frontend"
-    NAS = "nas"
-    CONTAINER = "container"
-    OPERATOR = "operator"
 
 
 _WITH_HOST = frozenset({Role.NAS, Role.CONTAINER})
@@ -116,7 +107,8 @@ class Flow:
 
 def _hello(sender: Role) -> tuple[Flow, ...]:
     receivers = (Role.FRONTEND, Role.NAS, Role.CONTAINER)
-    return tuple(Flow(EVENTS, sender, receiver, f"{sender.value}.{{by}}.hello") for receiver in receivers)
+    key = f"{sender.value}.{{by}}.hello" if sender in _WITH_HOST else f"{sender.value}.hello"
+    return tuple(Flow(EVENTS, sender, receiver, key) for receiver in receivers)
 
 
 FLOWS: tuple[Flow, ...] = (
@@ -126,6 +118,7 @@ FLOWS: tuple[Flow, ...] = (
     Flow(COMMANDS, Role.NAS, Role.CONTAINER, "container.{to}.from.{by}"),
     Flow(EVENTS, Role.CONTAINER, Role.NAS, "container.{by}.to.{to}"),
     Flow(EVENTS, Role.NAS, Role.FRONTEND, "nas.{by}.op.{op}"),
+    *_hello(Role.FRONTEND),
     *_hello(Role.NAS),
     *_hello(Role.CONTAINER),
     Flow(EVENTS, Role.FRONTEND, Role.OPERATOR, "frontend.op.{op}"),
