@@ -11,9 +11,11 @@ connection that breaks, is :class:`MonitorLost` (code ``failed``): the caller lo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import struct
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +27,7 @@ from imgstorage.core.errors import ImgStorageError
 SOCKET_PATH_MAX = 107  # sun_path of unix(7) holds 108 bytes, the last one NUL
 CONNECT_TIMEOUT_S = 5.0
 COMMAND_TIMEOUT_S = 30.0
+RETRY_S = 0.5  # QEMU 7.2 may drop a connection that arrives while it takes leave of the one before
 
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # it logs every lost connection as an error
 
@@ -67,15 +70,24 @@ class Monitor:
         self._client = QMPClient()
 
     def __enter__(self) -> Monitor:
-        try:
-            self._loop.run_until_complete(asyncio.wait_for(self._client.connect(str(self._path)), CONNECT_TIMEOUT_S))
-        except (QMPError, OSError, EOFError, TimeoutError) as error:
-            self._close()
-            raise MonitorLost("failed", f"no monitor answers at {self._path}: {_sentence(error)}") from error
-        except BaseException:
-            self._close()
-            raise
-        return self
+        until = time.monotonic() + RETRY_S
+        while True:
+            try:
+                self._loop.run_until_complete(
+                    asyncio.wait_for(self._client.connect(str(self._path)), CONNECT_TIMEOUT_S)
+                )
+                return self
+            except (QMPError, OSError, EOFError, TimeoutError) as error:
+                if time.monotonic() > until:
+                    self._close()
+                    text = f"no monitor answers at {self._path}: {_sentence(error)}"
+                    raise MonitorLost("failed", text) from error
+            except BaseException:
+                self._close()
+                raise
+            self._disconnect()
+            self._client = QMPClient()
+            time.sleep(0.002)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -83,12 +95,13 @@ class Monitor:
         self._close()
 
     def _close(self) -> None:
-        try:
+        self._disconnect()
+        self._loop.close()
+
+    def _disconnect(self) -> None:
+        # an error means that the other end was gone already: there is nothing left to close
+        with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
             self._loop.run_until_complete(asyncio.wait_for(self._client.disconnect(), CONNECT_TIMEOUT_S))
-        except (QMPError, OSError, EOFError, TimeoutError):
-            pass  # the other end was gone already: there is nothing left to close
-        finally:
-            self._loop.close()
 
     def command(self, name: str, arguments: dict[str, Any] | None = None, *, timeout_s: float | None = None) -> Any:
         """The ``return`` value of one command.

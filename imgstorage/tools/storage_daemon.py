@@ -84,19 +84,22 @@ def qcow2_node(name: str, path: Path, backing: str | None, *, read_only: bool = 
 
 
 def launch(monitor: Path, log_file: Path) -> Daemon:
-    """Start an empty daemon and wait until its monitor answers. Raises ``tool_missing``, ``bad_config``, ``failed``."""
+    """Start an empty daemon; its monitor is there on return. Raises ``tool_missing``, ``bad_config``, ``failed``."""
     check_socket_path(monitor)
     monitor.unlink(missing_ok=True)
     pid = spawn(daemon_argv(monitor), log_file=log_file)
+    began = start_time(pid)
     until = time.monotonic() + START_TIMEOUT_S
-    while (daemon := listening(monitor)) is None or daemon.pid != pid:
+    while not monitor.exists():
         if start_time(pid) is None:
             raise ImgStorageError("failed", f"{PROGRAM} ended at once: {_last_line(log_file)}")
         if time.monotonic() > until:
             os.kill(pid, signal.SIGKILL)
             raise ImgStorageError("failed", f"{PROGRAM} did not open its monitor within {START_TIMEOUT_S:g} s")
         time.sleep(0.001)
-    return daemon
+    if began is None:
+        raise ImgStorageError("failed", f"{PROGRAM} ended at once: {_last_line(log_file)}")
+    return Daemon(pid=pid, start_time=began, monitor=str(monitor))
 
 
 def _last_line(log_file: Path) -> str:

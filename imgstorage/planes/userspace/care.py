@@ -22,14 +22,15 @@ from imgstorage.tools import storage_daemon
 RESUME_FACTOR = 1.25
 
 
-def ensure_served(holding: Holding, *, fuse: bool) -> str:
+def ensure_served(holding: Holding, *, fuse: bool, closely: bool = True) -> str:
     """Bring back what is missing of a device; one sentence if something was, else "". Call it with the lock.
 
+    ``closely`` asks the daemon what it exports; else it is enough that it lives.
     Raises ``failed``, ``lost_copy`` if it cannot be brought back now.
     """
     sentence = ""
     name = holding.known.grant.volume.name
-    if not chain.serving(holding):
+    if not (chain.serving(holding) if closely else holding.back):
         front.close_front(holding, force=True)
         chain.reopen_back(holding)
         sentence = f"the storage daemon of {name} was gone and runs again"
@@ -68,7 +69,7 @@ def tend(holding: Holding, *, fuse: bool) -> str:
     try:
         if holding.record is None or holding.record.phase not in state.OFFERED:
             return ""
-        sentence = ensure_served(holding, fuse=fuse)
+        sentence = ensure_served(holding, fuse=fuse, closely=False)
         if holding.hydrating.wanted and holding.record.phase is CopyPhase.SYNCING and sentence:
             hydrate.start(holding)
         return sentence

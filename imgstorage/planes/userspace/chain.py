@@ -10,7 +10,9 @@ that drains it, and requests that wait under the old limit go on at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from typing import Any
 
 from imgstorage.core.errors import ImgStorageError
@@ -19,12 +21,15 @@ from imgstorage.planes.userspace import files, layout, state
 from imgstorage.planes.userspace.holding import Holding
 from imgstorage.planes.userspace.names import initiator_name
 from imgstorage.planes.userspace.state import CopyPhase
-from imgstorage.tools import storage_daemon
+from imgstorage.tools import qemu_img, storage_daemon
 from imgstorage.tools.qmp import Monitor, check_socket_path
+from imgstorage.tools.run import run
 from imgstorage.tools.storage_daemon import qcow2_node
 
 ISCSI_TIMEOUT_S = 8  # a LUN that does not answer fails the command; libiscsi reconnects by itself
 CREATE_TIMEOUT_S = 30.0
+WITHDRAW_TIMEOUT_S = 2.0
+FLUSH_TIMEOUT_S = 20.0
 EXPORT = "exp"
 STREAM_JOB = "sync"
 FREE, HELD_BACK = "free", "heldback"
@@ -202,6 +207,40 @@ def serving(holding: Holding) -> bool:
             return EXPORT in storage_daemon.exports(monitor)
     except ImgStorageError:
         return False
+
+
+def withdraw(holding: Holding) -> bool:
+    """Take the export away; False if a client is connected. True if nothing is exported."""
+    until = time.monotonic() + WITHDRAW_TIMEOUT_S
+    while holding.back is not None:
+        with holding.back.connect() as monitor:
+            if EXPORT not in storage_daemon.exports(monitor):
+                return True
+            try:
+                monitor.command("block-export-del", {"id": EXPORT, "mode": "safe"})
+            except ImgStorageError:
+                if time.monotonic() > until:
+                    return False
+        time.sleep(0.005)  # a front that has just ended is a client for some milliseconds more
+    return True
+
+
+def flush(holding: Holding) -> None:
+    """Make what the guest wrote durable through a connection of our own, as far as that works.
+
+    A daemon that waits for a NAS which is away does not end by itself; before it is killed, nothing that the
+    overlay was given may be left in its memory.
+    """
+    if holding.back is None or holding.known.pool is None:
+        return
+    with contextlib.suppress(ImgStorageError), holding.back.connect() as monitor:
+        server = {"type": "unix", "path": holding.runtime.nbd}
+        if EXPORT in storage_daemon.exports(monitor):
+            monitor.command("block-export-del", {"id": EXPORT, "mode": "hard"})
+        export = {"type": "nbd", "id": "flush", "node-name": "ovl", "name": "flush", "writable": True}
+        monitor.command("block-export-add", export)
+        options = qemu_img.pseudo({"driver": "nbd", "server": server, "export": "flush"})
+        run(["qemu-io", "-c", "flush", options], timeout_s=FLUSH_TIMEOUT_S)
 
 
 def end_back(holding: Holding) -> None:

@@ -46,6 +46,8 @@ class UserspaceContainer:
     def __init__(self, settings: ContainerSettings) -> None:
         self._settings = settings
         self._lock = threading.Lock()
+        self._taking = threading.Lock()
+        self._unknown: dict[str, str] = {}
         self._holdings: dict[VolumeUuid, Holding] = {}
         self._fuse = False
         self._said: dict[str, str] = {}
@@ -60,13 +62,26 @@ class UserspaceContainer:
         self._fuse = settings.fuse == "on" or (settings.fuse == "auto" and front.available(settings.run_dir))
         for place in self._places():
             care.empty_trash(place)
-        for folder in state.folders(self._places()):
-            record = state.load(folder)
-            if record is not None:
-                uuid = record.grant.volume.uuid
-                self._holdings.setdefault(uuid, Holding(settings, folder, uuid))
+        self._find_holdings()
         with ThreadPoolExecutor(RECOVERY_THREADS) as workers:
             list(workers.map(self._recover, list(self._holdings.values())))
+
+    def _find_holdings(self) -> None:
+        """Take in every record on disk. What cannot be read, and a pool that is away, is kept in mind as unknown."""
+        unknown = {str(pool): "its folder is not there" for pool in self._absent_pools()}
+        for folder in state.folders(self._places()):
+            try:
+                record = state.load(folder)
+            except (ImgStorageError, OSError) as error:
+                unknown[str(folder)] = str(error)
+                continue
+            if record is not None:
+                uuid = record.grant.volume.uuid
+                self._holdings.setdefault(uuid, Holding(self._settings, folder, uuid))
+        self._unknown = unknown
+
+    def _absent_pools(self) -> list[PoolName]:
+        return [name for name, folder in self._settings.pools.items() if not folder.is_dir()]
 
     def _recover(self, holding: Holding) -> None:
         try:
@@ -165,19 +180,22 @@ class UserspaceContainer:
 
     def attach(self, grant: Grant) -> Device:
         """See the protocol."""
-        holding = self._holding_for(grant)
+        with self._taking:  # volumes of one name must not both be taken
+            holding = self._holding_for(grant)
+            if holding.record is None or holding.record.grant.generation != grant.generation:
+                with holding.lock:
+                    self._record(holding, grant)
         with holding.lock:
-            record = holding.record
-            if record is not None and record.grant.generation == grant.generation:
-                if record.phase in state.OFFERED:
-                    moved = state.with_portal_of(record, grant)
-                    if moved != record:
-                        holding.advance(record.phase, grant=moved.grant)
-                    care.ensure_served(holding, fuse=self._fuse)
-                    return self._device(holding)
-                if record.phase is not CopyPhase.PREPARING:
-                    raise ImgStorageError("conflict", f"{grant.volume.name} is {record.phase.value} here")
-            self._prepare(holding, grant)
+            record = holding.known
+            if record.phase in state.OFFERED:
+                moved = state.with_portal_of(record, grant)
+                if moved != record:
+                    holding.advance(record.phase, grant=moved.grant)
+                care.ensure_served(holding, fuse=self._fuse)
+                return self._device(holding)
+            if record.phase is not CopyPhase.PREPARING:
+                raise ImgStorageError("conflict", f"{grant.volume.name} is {record.phase.value} here")
+            self._prepare(holding)
             self._bring_up(holding)
             return self._device(holding)
 
@@ -216,12 +234,11 @@ class UserspaceContainer:
                 with holding.lock:
                     holding.drop()
 
-    def _prepare(self, holding: Holding, grant: Grant) -> None:
+    def _record(self, holding: Holding, grant: Grant) -> None:
         """Record the grant durably as ``preparing``: from here its files may be made, and made again."""
         old = holding.record
         warm_start = old is not None and old.base_complete and warm.usable(old, grant.volume)
         pool = None if grant.mode is Mode.DIRECT else self._choose(grant.remote_pool)
-        self._see(grant.volume.uuid, Seen(generation=grant.generation))
         holding.begin(
             CopyRecord(
                 phase=CopyPhase.PREPARING,
@@ -232,10 +249,16 @@ class UserspaceContainer:
                 version=grant.volume.version,
             )
         )
+
+    def _prepare(self, holding: Holding) -> None:
+        """Make the way free for a prepared grant's files. The record was first, so that whoever finds the
+        generation as met, and not let go, knows that there must be a record.
+        """
+        self._see(holding.uuid, Seen(generation=holding.known.grant.generation))
         care.end_all(holding, force=True)
         for entry in holding.folder.glob(f"{state.NEW_BASE_PREFIX}*"):
             entry.unlink()
-        if not warm_start:
+        if not holding.known.base_complete:
             holding.base.unlink(missing_ok=True)
 
     def _bring_up(self, holding: Holding) -> None:
@@ -315,18 +338,21 @@ class UserspaceContainer:
         holding = self._holdings.get(volume)
         record = holding.record if holding else None
         if holding is None or record is None or record.grant.generation.counter < generation.counter:
-            self._see(volume, Seen(generation=generation, closed=True))
-            return Held.NOTHING
+            return self._never_attached(volume, generation)
         if record.grant.generation != generation:
             raise self._stale(record, generation)
         if record.phase not in (*state.OFFERED, CopyPhase.PREPARING):
             return record.held
         if not force and (found := self._openers(holding)):
             raise self._in_use(record, found)
-        hydrate.cancel(holding)
         with holding.lock:
             if not front.close_front(holding, force=force):
                 raise self._in_use(record, self._openers(holding) or ["the kernel (a mount or a loop device)"])
+            if not force and not chain.withdraw(holding):
+                raise self._in_use(record, self._openers(holding) or ["a program that has just opened it"])
+            hydrate.cancel(holding)
+            if record.needs_nas:
+                chain.flush(holding)
             chain.end_back(holding)
             self._see(volume, Seen(generation=generation, closed=True))
             if record.phase in (CopyPhase.DIRECT, CopyPhase.PREPARING):
@@ -334,6 +360,26 @@ class UserspaceContainer:
                 return Held.NOTHING
             files.fsync_file(holding.overlay)
             return holding.advance(CopyPhase.RETURNING).held
+
+    def _never_attached(self, volume: VolumeUuid, generation: Generation) -> Held:
+        """The answer for a grant of which no record is here. Raises ``lost_copy`` if there must have been one, or
+        if not everything here can be read.
+        """
+        seen = files.read_json(self._seen_dir / f"{volume}.json", Seen)
+        if seen is not None and seen.generation == generation and not seen.closed:
+            raise ImgStorageError(
+                "lost_copy",
+                f"volume {volume} was attached here under {generation}; its copy is not there",
+                host=self._settings.host,
+            )
+        self._find_holdings()
+        if self._unknown:
+            where, why = next(iter(self._unknown.items()))
+            raise ImgStorageError(
+                "failed", f"what is here of volume {volume} is not known: {where}: {why}", host=self._settings.host
+            )
+        self._see(volume, Seen(generation=generation, closed=True))
+        return Held.NOTHING
 
     def _in_use(self, record: CopyRecord, found: Sequence[str]) -> ImgStorageError:
         return ImgStorageError(
@@ -348,6 +394,8 @@ class UserspaceContainer:
         holding = self._holdings.get(volume)
         if holding is None or holding.record is None or holding.record.phase is CopyPhase.CACHE:
             return
+        if holding.record.grant.generation.counter > generation.counter:
+            return  # the older copy had to be gone before a newer grant could come
         record = self._find(volume, generation).known
         if record.phase not in (CopyPhase.RETURNING, CopyPhase.RELEASING):
             raise ImgStorageError("not_allowed", f"{record.grant.volume.name} is {record.phase.value}: still in use")
@@ -390,7 +438,9 @@ class UserspaceContainer:
 
     def tend(self) -> Sequence[str]:
         """See the protocol."""
-        said: dict[str, str] = {}
+        if self._absent_pools() or self._unknown:
+            self._find_holdings()
+        said = {where: f"{where} cannot be read: {why}" for where, why in self._unknown.items()}
         for holding in self._all():
             said[holding.uuid] = care.tend(holding, fuse=self._fuse)
             pool = holding.record.pool if holding.record else None

@@ -245,12 +245,7 @@ def let_go(holding: Holding) -> None:
         chain.close_lun(monitor, "nas", holding.known.grant.portal)
 
 
-def cancel(holding: Holding, deadline_s: float = 30.0) -> None:
-    """End the copy, and wait until its thread has ended. Call it without the lock."""
-    copying = holding.hydrating
-    copying.wanted = False
-    copying.cancel.set()
-    if copying.thread is not None:
-        copying.thread.join(deadline_s)
-        if copying.thread.is_alive():
-            raise ImgStorageError("failed", "the copy has not stopped yet")
+def cancel(holding: Holding) -> None:
+    """Let the copy's thread end at its next look; what it was making is removed by itself."""
+    holding.hydrating.wanted = False
+    holding.hydrating.cancel.set()
