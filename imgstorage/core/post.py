@@ -31,7 +31,10 @@ class Post(Protocol):
     """
 
     def ask(self, role: Role, host: str, message: Message, correlation: str) -> None:
-        """Ask a daemon; the answer arrives as a letter of the same correlation. Raises ``unreachable`` at once."""
+        """Ask a daemon; the answer arrives as a letter of the same correlation. Raises ``unreachable`` at once.
+
+        The frontend asks everybody, a NAS containers.
+        """
         ...
 
     def command(self, container: HostName, message: Message) -> None:

@@ -116,6 +116,10 @@ class NasRecords(Protocol):
         """The operations that have not ended, oldest first."""
         ...
 
+    def was_deleted(self, pool: PoolName, name: VolumeName) -> bool:
+        """Whether the last volume of this name was removed by an operation that is done."""
+        ...
+
     def log(self, line: JournalLine) -> None:
         """Append to the journal."""
         ...

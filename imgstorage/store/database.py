@@ -64,8 +64,7 @@ class Database:
             try:
                 yield
             except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
+                connection.rollback()
                 raise
             connection.execute("COMMIT")
 

@@ -129,6 +129,11 @@ class NasStore(Database):
         sql = f"SELECT * FROM operations WHERE milestone NOT IN ({marks}) ORDER BY accepted_at"  # noqa: S608
         return [from_row(Operation, row) for row in self.rows(sql, *ended)]
 
+    def was_deleted(self, pool: PoolName, name: VolumeName) -> bool:
+        """Whether the last volume of this name was removed by an operation that is done."""
+        sql = "SELECT 1 FROM operations WHERE pool = ? AND volume = ? AND kind = 'delete' AND milestone = 'done'"
+        return self.row(sql, pool, name) is not None
+
     def log(self, line: JournalLine) -> None:
         """Append to the journal."""
         self.insert("journal", to_row(line))

@@ -1,0 +1,291 @@
+"""A VM container: carries out what the NAS that granted a volume tells it, and reports what became of it.
+
+A command is carried out only under the highest generation this container was ever granted of the volume, and
+not after it was let go: a command that was delayed on its way must not undo what came after it. Everything
+is repeated by the NAS until it is reported, and each verb of the plane is idempotent, so nothing needs to be
+remembered here but that.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from imgstorage import __version__
+from imgstorage.core.errors import ImgStorageError
+from imgstorage.core.machine import Step
+from imgstorage.core.messages import (
+    Attachable,
+    AttachZvol,
+    CheckAttach,
+    Command,
+    DetachZvol,
+    DevList,
+    DevRow,
+    ErrorAnswer,
+    GetStatus,
+    ListDev,
+    Message,
+    ReleaseZvol,
+    Report,
+    ReturnZvol,
+    Role,
+    SettleZvol,
+    Status,
+    StepFailed,
+    SyncZvol,
+    ZvolAttached,
+    ZvolDetached,
+    ZvolProgress,
+    ZvolReleased,
+    ZvolReturned,
+    ZvolSettled,
+    ZvolSynced,
+)
+from imgstorage.core.names import HostName, VolumeUuid
+from imgstorage.core.ports import ContainerPlane, CopyState, Progress
+from imgstorage.core.post import Letter
+from imgstorage.core.records import ContainerRecords, JournalLine, Seen
+from imgstorage.engine.inbox import Handler, Inbox
+from imgstorage.engine.world import World
+
+log = logging.getLogger(__name__)
+
+TEND_EVERY_S = 0.5
+FIRST_LOOK_S = 0.02
+SLOWEST_LOOK_S = 0.5
+REPORT_EVERY_S = 1.0
+
+STEP_OF: dict[type[Command], Step] = {
+    AttachZvol: Step.TELL_ATTACH,
+    SyncZvol: Step.TELL_HYDRATE,
+    SettleZvol: Step.TELL_SETTLE,
+    DetachZvol: Step.TELL_DETACH,
+    ReturnZvol: Step.TELL_RETURN,
+    ReleaseZvol: Step.TELL_RELEASE,
+}
+
+
+class ContainerEngine:
+    """One VM container. ``start`` once; then ``receive`` letters; ``tend`` runs by itself."""
+
+    def __init__(self, world: World, records: ContainerRecords, plane: ContainerPlane) -> None:
+        self._host, self._post, self._clock, self._tasks = world.host, world.post, world.clock, world.tasks
+        self._records, self._plane = records, plane
+        self._lock = threading.Lock()
+        self._queued: set[tuple[VolumeUuid, type[Command], int]] = set()
+        self._turn: dict[VolumeUuid, int] = {}
+        self._transfer_since: dict[VolumeUuid, float] = {}
+        self._alarms: tuple[str, ...] = ()
+        handlers: dict[type[Message], Handler] = {
+            **dict.fromkeys(STEP_OF, self._command),
+            CheckAttach: self._check,
+            ListDev: self._list,
+            GetStatus: self._status,
+        }
+        self._inbox = Inbox(world, handlers)
+
+    def receive(self, letter: Letter) -> None:
+        """Deal with one letter. Raises ``wrong_sender``, ``bad_message``."""
+        self._inbox.receive(letter)
+
+    def start(self) -> None:
+        """Recover what is held, before anything is asked. Raises what the plane raises."""
+        self._plane.start()
+        self._tasks.run("tend", self._tend, TEND_EVERY_S)
+
+    def _tend(self) -> None:
+        try:
+            for sentence in self._plane.tend():
+                log.warning("%s", sentence)
+                self._alarms = (*self._alarms[-9:], sentence)
+        except ImgStorageError as error:
+            log.error("cannot look after the devices: %s", error)
+        finally:
+            self._tasks.run("tend", self._tend, TEND_EVERY_S)
+
+    # -- questions, answered at once
+
+    def _check(self, letter: Letter, question: CheckAttach) -> Message | None:
+        def work() -> None:
+            answer: Message
+            try:
+                pool = self._plane.check(question.volume, question.mode, question.remote_pool)
+                answer = Attachable(remote_pool=pool)
+            except ImgStorageError as error:
+                answer = ErrorAnswer.of(error.at(self._host))
+            self._inbox.answer(letter, answer)
+
+        self._tasks.run(f"volume:{question.volume.uuid}", work)
+        return None
+
+    def _list(self, letter: Letter, _request: ListDev) -> Message | None:
+        def work() -> None:
+            now = self._clock.now()
+            rows = []
+            for device in self._plane.devices():
+                since = self._transfer_since.get(device.volume)
+                rows.append(DevRow(device=device, elapsed_s=now - since if since else None))
+            self._inbox.answer(letter, DevList(host=self._host, rows=tuple(rows)))
+
+        self._tasks.run("list", work)
+        return None
+
+    def _status(self, _letter: Letter, _request: GetStatus) -> Message:
+        return Status(
+            host=self._host, role=Role.CONTAINER, version=__version__, pools=tuple(self._plane.pools()),
+            alarms=self._alarms,
+        )  # fmt: skip
+
+    # -- commands
+
+    def _command(self, letter: Letter, command: Command) -> Message | None:
+        """Take a command: refuse a stale one, write down what must not be forgotten, leave the work to a task."""
+        nas = HostName(letter.host)
+        with self._records.write():
+            if not self._admit(nas, command):
+                return None
+        key = (command.volume, type(command), command.attempt)
+        with self._lock:
+            if key in self._queued:  # it was told again while it waits its turn: one report answers both
+                return None
+            self._queued.add(key)
+
+        def work() -> None:
+            with self._lock:
+                self._queued.discard(key)
+            self._carry_out(nas, command)
+
+        self._tasks.run(f"volume:{command.volume}", work)
+        return None
+
+    def _admit(self, nas: HostName, command: Command) -> bool:
+        seen = self._records.seen(command.volume)
+        if seen is not None and seen.nas != nas:
+            log.warning("%s of %s from %s, but %s owns it", command.action, command.volume, nas, seen.nas)
+            return False
+        older = seen is not None and command.generation.counter < seen.generation.counter
+        other = seen is not None and command.generation.counter == seen.generation.counter
+        other = other and seen is not None and command.generation.grant != seen.generation.grant
+        closed = seen is not None and command.generation == seen.generation and seen.closed
+        if older or other or (closed and isinstance(command, AttachZvol | SyncZvol | SettleZvol)):
+            log.warning("stale: %s of %s for %s", command.action, command.volume, command.generation)
+            return False
+        closes = isinstance(command, DetachZvol)
+        if seen is None or seen.generation != command.generation:
+            self._records.save_seen(Seen(volume=command.volume, generation=command.generation, nas=nas))
+        self._records.log(JournalLine(
+            at=self._clock.now(), volume=command.volume, op=command.op, event=command.action, before="",
+            after="detaching" if closes else "", note=f"{nas} asks for {command.action} as {command.generation}",
+        ))  # fmt: skip
+        return True
+
+    def _carry_out(self, nas: HostName, command: Command) -> None:
+        about: dict[str, Any] = {"op": command.op, "volume": command.volume, "generation": command.generation}
+        try:
+            report = self._do(nas, command)
+        except ImgStorageError as error:
+            log.info("%s %s: %s", command.op, command.action, error)
+            report = StepFailed(
+                **about, step=STEP_OF[type(command)].value, code=error.code, message=str(error.at(self._host)),
+                retry=error.retry and error.code != "in_use",
+            )  # fmt: skip
+        except Exception as error:
+            log.exception("%s %s", command.op, command.action)
+            report = StepFailed(
+                **about, step=STEP_OF[type(command)].value, code="internal",
+                message=f"{self._host}: {type(error).__name__}: {error}", retry=True,
+            )  # fmt: skip
+        if report is not None:
+            self._report(nas, report)
+
+    def _do(self, nas: HostName, command: Command) -> Report | None:
+        volume, generation = command.volume, command.generation
+        about: dict[str, Any] = {"op": command.op, "volume": volume, "generation": generation}
+        match command:
+            case AttachZvol():
+                device = self._plane.attach(command.grant)
+                return ZvolAttached(**about, device=device.path)
+            case SyncZvol():
+                self._plane.hydrate(volume, generation)
+                self._follow(nas, command, lambda _p: ZvolSynced(**about))
+                return None
+            case SettleZvol():
+                self._follow(nas, command, lambda _p: ZvolSettled(**about))
+                return None
+            case DetachZvol():
+                self._stop_following(volume)
+                holds = self._plane.detach(volume, generation, command.force)
+                seen = self._records.seen(volume)
+                if seen is not None and seen.generation == generation:
+                    self._records.save_seen(replace(seen, closed=True))
+                return ZvolDetached(**about, holds=holds)
+            case ReturnZvol():
+                self._plane.send_back(volume, generation, command.port)
+                attempt = command.port.attempt
+                self._follow(
+                    nas, command,
+                    lambda p: ZvolReturned(**about, attempt=attempt, digest=p.digest),
+                )  # fmt: skip
+                return None
+            case ReleaseZvol():
+                self._stop_following(volume)
+                self._plane.release(volume, generation, command.version)
+                return ZvolReleased(**about)
+        raise ImgStorageError("bad_message", f"{command.action} is not a command")
+
+    # -- copies: followed until they end, reported now and then
+
+    def _stop_following(self, volume: VolumeUuid) -> None:
+        self._turn[volume] = self._turn.get(volume, 0) + 1
+        self._transfer_since.pop(volume, None)
+
+    def _follow(self, nas: HostName, command: Command, done: Callable[[Progress], Report]) -> None:
+        turn = self._turn[command.volume] = self._turn.get(command.volume, 0) + 1
+        self._transfer_since.setdefault(command.volume, self._clock.now())
+        about: dict[str, Any] = {"op": command.op, "volume": command.volume, "generation": command.generation}
+        told_at = [0.0]
+
+        def look(pause_s: float) -> None:
+            if self._turn.get(command.volume) != turn:
+                return
+            try:
+                if isinstance(command, SettleZvol):
+                    progress = self._plane.settle(command.volume, command.generation)
+                else:
+                    progress = self._plane.progress(command.volume, command.generation)
+            except ImgStorageError as error:
+                progress = Progress(state=CopyState.FAILED, reason=str(error))
+            report: Report | None = None
+            if progress.state is CopyState.DONE:
+                self._report(nas, ZvolProgress(**about, progress=progress))
+                report = done(progress)
+            elif progress.state in (CopyState.FAILED, CopyState.NONE):
+                report = StepFailed(
+                    **about, step=STEP_OF[type(command)].value, code="failed", retry=True,
+                    message=f"{self._host}: {progress.reason or 'the copy stopped'}",
+                )  # fmt: skip
+            if report is not None:
+                self._stop_following(command.volume)
+                self._report(nas, report)
+                return
+            now = self._clock.now()
+            if now - told_at[0] >= REPORT_EVERY_S:
+                told_at[0] = now
+                self._report(nas, ZvolProgress(**about, progress=progress))
+            slower = min(pause_s * 1.5, SLOWEST_LOOK_S)
+            self._tasks.run(f"volume:{command.volume}", lambda: look(slower), pause_s)
+
+        look(FIRST_LOOK_S)
+
+    def _report(self, nas: HostName, report: Report) -> None:
+        def send() -> None:
+            try:
+                self._post.report(nas, report)
+            except ImgStorageError as error:  # the NAS asks again
+                log.info("%s not reported: %s", report.action, error)
+
+        self._tasks.run(f"reports:{nas}", send)

@@ -1,0 +1,284 @@
+"""A NAS: what it does with letters, at its start and on its timer.
+
+Reconcile compares what the database says with what is there, at every start, whenever a container or the
+broker comes back, and on a timer: a target that should be there and is not, a target that nobody owns, a
+release that a container has not yet heard of.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from imgstorage import __version__
+from imgstorage.core import events as ev
+from imgstorage.core.errors import IllegalEvent, ImgStorageError
+from imgstorage.core.machine import Step
+from imgstorage.core.mapping import Mapping, Phase
+from imgstorage.core.messages import (
+    AddZvol,
+    DelZvol,
+    DumpZvol,
+    GetStatus,
+    Hello,
+    ListZvols,
+    MapZvol,
+    Message,
+    ReleaseZvol,
+    Report,
+    Role,
+    ShowOperation,
+    Status,
+    StepFailed,
+    UnmapZvol,
+    ZvolAttached,
+    ZvolDetached,
+    ZvolList,
+    ZvolProgress,
+    ZvolReleased,
+    ZvolReturned,
+    ZvolRow,
+    ZvolSettled,
+    ZvolSynced,
+)
+from imgstorage.core.names import VolumeUuid
+from imgstorage.core.ports import CopyState, NasPlane, Progress
+from imgstorage.core.post import Letter
+from imgstorage.core.records import NasRecords
+from imgstorage.engine.book import Book
+from imgstorage.engine.driver import MAY_RUN, Driver
+from imgstorage.engine.inbox import Handler, Inbox
+from imgstorage.engine.nas_steps import NasSteps
+from imgstorage.engine.requests import Requests
+from imgstorage.engine.world import World
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 2.0
+PAGE = 1000
+EXPORTED = MAY_RUN[Step.EXPORT]
+REQUESTS = (MapZvol, UnmapZvol, AddZvol, DelZvol, DumpZvol)
+REPORTS = (
+    ZvolAttached, ZvolSynced, ZvolSettled, ZvolDetached, ZvolReturned, ZvolProgress, ZvolReleased, StepFailed,
+)  # fmt: skip
+RECEIVING = MAY_RUN[Step.OPEN_RETURN]
+
+
+class NasEngine:
+    """One NAS. ``start`` once the post works; then ``receive`` letters; ``look`` runs by itself."""
+
+    def __init__(self, world: World, records: NasRecords, plane: NasPlane) -> None:
+        self._host, self._post, self._clock, self._tasks = world.host, world.post, world.clock, world.tasks
+        self._records, self._plane = records, plane
+        self._book = Book(world, records)
+        self._driver = Driver(world, records, self._book)
+        self._steps = NasSteps(world, records, plane, self._release_soon)
+        self._driver.use(self._steps)
+        self._requests = Requests(world, records, plane, self._driver, self._book)
+        self._progress: dict[VolumeUuid, Progress] = {}
+        self._alarms: dict[str, str] = {}
+        handlers: dict[type[Message], Handler] = {
+            **dict.fromkeys(REQUESTS, self._requests.accept),
+            **dict.fromkeys(REPORTS, self._report),
+            ShowOperation: self._requests.show,
+            ListZvols: self._list,
+            GetStatus: self._status,
+            Hello: self._hello,
+        }
+        self._inbox = Inbox(world, handlers)
+
+    def receive(self, letter: Letter) -> None:
+        """Deal with one letter. Raises ``wrong_sender``, ``bad_message``."""
+        if letter.correlation and self._requests.questions.answered(letter):
+            return
+        self._inbox.receive(letter)
+
+    def start(self) -> None:
+        """Bring the plane up and go on with everything that was under way. Raises what the plane raises."""
+        self._plane.start()
+        mappings = self._records.mappings()
+        driven = frozenset(op for one in mappings for op in (one.op, one.unmap_op, one.map_op) if op is not None)
+        for mapping in mappings:
+            self._driver.restarted(mapping)
+        self._requests.resume(driven)
+        self._release_soon()
+        self._tasks.run("look", self._look, LOOK_EVERY_S)
+
+    def connected(self) -> None:
+        """The broker is back: what was said meanwhile may be lost."""
+        for mapping in self._records.mappings():
+            if mapping.locked:
+                self._driver.restarted(mapping)
+        self._release_soon()
+
+    # -- letters from containers
+
+    def _report(self, letter: Letter, report: Report) -> Message | None:
+        mapping = self._records.mapping(report.volume)
+        if isinstance(report, ZvolReleased):
+            self._released(letter, report)
+            return None
+        holders = (mapping.container, mapping.second)
+        if letter.host not in holders or report.generation != mapping.generation:
+            log.warning("stale: %s of %s from %s for %s", report.action, report.volume, letter.host, report.generation)
+            return None
+        self._driver.heard(report.volume)
+        if isinstance(report, ZvolProgress):
+            self._note_progress(mapping, report.progress)
+            return None
+        try:
+            self._driver.happen(report.volume, self._event(report))
+        except IllegalEvent as error:
+            log.warning("%s from %s: %s", report.action, letter.host, error)
+        return None
+
+    def _event(self, report: Report) -> ev.Event:
+        match report:
+            case ZvolAttached():
+                return ev.Attached(device=report.device)
+            case ZvolSynced():
+                return ev.Hydrated()
+            case ZvolSettled():
+                return ev.Merged()
+            case ZvolDetached():
+                return ev.Detached(holds=report.holds)
+            case ZvolReturned():
+                self._steps.received(report.volume, report.attempt, report.digest)
+                return ev.Returned(attempt=report.attempt, digest=report.digest)
+            case StepFailed():
+                return ev.Failed(step=Step(report.step).value, code=report.code, message=report.message,
+                                 permanent=not report.retry)  # fmt: skip
+        raise ImgStorageError("bad_message", f"{report.action} says nothing of a mapping")
+
+    def _note_progress(self, mapping: Mapping, progress: Progress) -> None:
+        before = self._progress.get(mapping.volume)
+        self._progress[mapping.volume] = progress
+        paused = progress.state is CopyState.PAUSED
+        if paused and (before is None or before.state is not CopyState.PAUSED):
+            log.warning("%s on %s: %s", mapping.volume, mapping.container, progress.reason)
+        op = mapping.op or mapping.map_op
+        if op is not None:
+            self._book.progress(op, progress)
+
+    def _hello(self, letter: Letter, hello: Hello) -> Message | None:
+        if hello.role is Role.CONTAINER and letter.role is Role.CONTAINER:
+            for mapping in self._records.mappings():
+                if letter.host in (mapping.container, mapping.second) and mapping.locked:
+                    self._driver.restarted(mapping)
+            self._release_soon()
+        return None
+
+    # -- releases: clean-up that locks nothing, repeated until it is heard
+
+    def _release_soon(self) -> None:
+        self._tasks.run("releases", self._tell_releases)
+
+    def _tell_releases(self) -> None:
+        for release in self._records.releases():
+            message = ReleaseZvol(op=release.op, volume=release.volume, generation=release.generation,
+                                  version=release.version)  # fmt: skip
+            try:
+                self._post.command(release.container, message)
+            except ImgStorageError as error:
+                log.debug("release of %s waits: %s", release.volume, error)
+
+    def _released(self, letter: Letter, report: ZvolReleased) -> None:
+        for release in self._records.releases():
+            mine = (release.volume, release.generation, release.container)
+            if mine == (report.volume, report.generation, letter.host):
+                self._records.forget_release(report.volume, report.generation)
+
+    # -- reconcile
+
+    def _look(self) -> None:
+        """Compare what should be exported with what is, on a timer."""
+        try:
+            self._plane.start()
+            self._compare()
+            self._tell_releases()
+            self._alarms.pop("targets", None)
+        except ImgStorageError as error:
+            if self._alarms.get("targets") != str(error):
+                log.error("cannot look after the targets: %s", error)
+            self._alarms["targets"] = str(error)
+        finally:
+            self._tasks.run("look", self._look, LOOK_EVERY_S)
+
+    def _compare(self) -> None:
+        seen = {export.iqn: export for export in self._plane.exports()}
+        wanted: set[str] = set()
+        for mapping in self._records.mappings():
+            portal = self._records.portal(mapping.volume)
+            port = self._steps.ports.get(mapping.volume)
+            iqns = [portal.iqn] if portal is not None and mapping.phase in EXPORTED else []
+            if port is not None and port.portal is not None and mapping.phase in RECEIVING:
+                iqns.append(port.portal.iqn)
+            wanted.update(iqns)
+            if mapping.phase is not Phase.EXPORTING and any(iqn not in seen for iqn in iqns):
+                log.warning("a target of %s is gone: made again", mapping.volume)
+                self._driver.restarted(mapping)
+        owned = {str(mapping.generation) for mapping in self._records.mappings()}
+        for iqn, export in seen.items():
+            if iqn not in wanted and export.generation is not None and export.generation not in owned:
+                self._unexport_orphan(export.volume_name, export.generation)
+
+    def _unexport_orphan(self, name: str, generation: str) -> None:
+        for volume in self._records.volumes_called(name):  # type: ignore[arg-type]
+            mapping = self._records.mapping(volume.uuid)
+            if mapping.phase is Phase.IDLE and str(mapping.generation) == generation:
+                log.warning("a target of %s that nobody owns any more is removed", volume)
+                self._plane.unexport(volume, mapping.generation)
+
+    # -- what is shown
+
+    def _list(self, _letter: Letter, request: ListZvols) -> Message:
+        pool, _, name = request.after.rpartition("/")
+        limit = max(1, min(request.limit, PAGE))
+        volumes = self._records.volumes_after(pool, name, limit + 1)
+        rows = tuple(self._row(volume.uuid) for volume in volumes[:limit])
+        return ZvolList(rows=rows, more=len(volumes) > limit)
+
+    def _row(self, uuid: VolumeUuid) -> ZvolRow:
+        volume = self._records.volume(uuid)
+        if volume is None:
+            raise ImgStorageError("not_found", f"{uuid} is gone")
+        mapping, times = self._records.mapping(uuid), self._records.times(uuid)
+        portal = self._records.portal(uuid)
+        moving = times.transfer_since > 0
+        progress = (
+            self._progress.get(uuid, Progress(state=CopyState.NONE)) if moving else Progress(state=CopyState.NONE)
+        )
+        paused = f"paused: {progress.reason}" if progress.state is CopyState.PAUSED else ""
+        return ZvolRow(
+            nas=self._host,
+            pool=volume.pool,
+            volume=volume.name,
+            uuid=uuid,
+            size_bytes=volume.size_bytes,
+            volume_state=volume.state.value,
+            state=mapping.public.value,
+            phase=mapping.phase.value,
+            container=mapping.container or "",
+            remote_pool=mapping.remote_pool or "",
+            target=portal.iqn if portal is not None else "",
+            mode=mapping.mode.value if mapping.mode else "",
+            generation=str(mapping.generation) if mapping.generation.counter else "",
+            version=volume.version,
+            op=mapping.op or "",
+            since=times.since,
+            elapsed_s=self._clock.now() - times.transfer_since if moving else None,
+            done_bytes=progress.done_bytes,
+            total_bytes=progress.total_bytes,
+            wire_bytes=progress.wire_bytes,
+            device=mapping.device,
+            note=paused,
+            error=mapping.error,
+        )
+
+    def _status(self, _letter: Letter, _request: GetStatus) -> Message:
+        return Status(
+            host=self._host,
+            role=Role.NAS,
+            version=__version__,
+            pools=tuple(self._plane.pools()),
+            alarms=tuple(self._alarms.values()),
+        )

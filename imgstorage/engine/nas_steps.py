@@ -1,0 +1,166 @@
+"""The steps of a mapping as a NAS takes them: its own plane's verbs, and commands to the container."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from imgstorage.core import events as ev
+from imgstorage.core.errors import ImgStorageError
+from imgstorage.core.machine import Step
+from imgstorage.core.mapping import Mapping, Mode, Phase, Volume
+from imgstorage.core.messages import AttachZvol, Command, DetachZvol, ReturnZvol, SettleZvol, SyncZvol
+from imgstorage.core.names import HostName, OpId, VolumeUuid
+from imgstorage.core.ports import Grant, NasPlane, ReturnKind, ReturnPort, Stamp
+from imgstorage.core.records import NasRecords
+from imgstorage.engine.world import World
+
+KIND = {
+    Phase.PULLING: ReturnKind.PULL,
+    Phase.FOLDING: ReturnKind.FOLD,
+    Phase.WRITING_BACK: ReturnKind.WRITE_BACK,
+}
+TOLD = frozenset({Step.TELL_ATTACH, Step.TELL_HYDRATE, Step.TELL_SETTLE, Step.TELL_DETACH, Step.TELL_RETURN})
+
+
+class NasSteps:
+    """Takes steps; the driver decides which and when. ``released`` is called when a release waits to be told."""
+
+    def __init__(self, world: World, records: NasRecords, plane: NasPlane, released: Callable[[], None]) -> None:
+        self._host, self._post, self._records, self._plane = world.host, world.post, records, plane
+        self._released = released
+        self._digests: dict[tuple[VolumeUuid, int], str] = {}
+        self.ports: dict[VolumeUuid, ReturnPort] = {}
+
+    def received(self, volume: VolumeUuid, attempt: int, digest: str) -> None:
+        """The container says what the NAS has to find in what was sent."""
+        self._digests[volume, attempt] = digest
+
+    def told(self, step: Step) -> bool:
+        """Whether the step's result comes by letter."""
+        return step in TOLD
+
+    def take(self, step: Step, mapping: Mapping) -> ev.Event | None:
+        """Take one step; idempotent. Raises ImgStorageError."""
+        volume = self._records.volume(mapping.volume)
+        if volume is None:
+            raise ImgStorageError("not_found", f"the volume {mapping.volume} is not in the database")
+        match step:
+            case Step.EXPORT:
+                return self._export(mapping, volume)
+            case Step.UNEXPORT:
+                return self._unexport(mapping, volume)
+            case Step.OPEN_RETURN:
+                self._open_return(mapping, volume)
+                return ev.ReturnOpened(attempt=mapping.attempt)
+            case Step.VERIFY_RETURN:
+                return self._verify(mapping, volume)
+            case Step.APPLY_RETURN:
+                return self._apply(mapping, volume)
+            case Step.DROP_RETURN:
+                self.ports.pop(mapping.volume, None)
+                self._plane.drop_return(self._grant(mapping, volume))
+                return None
+            case Step.TELL_RELEASE:
+                self._released()
+                return None
+            case _ if step in TOLD:
+                self._post.command(self._container(mapping), self._command(step, mapping, volume))
+                return None
+        raise ImgStorageError("not_allowed", f"{step.value} is not offered yet")
+
+    def _grant(self, mapping: Mapping, volume: Volume) -> Grant:
+        return Grant(
+            volume=volume,
+            nas=self._host,
+            container=self._container(mapping),
+            mode=mapping.mode or Mode.SYNC,
+            generation=mapping.generation,
+            remote_pool=mapping.remote_pool,
+            portal=self._records.portal(volume.uuid),
+        )
+
+    @staticmethod
+    def _container(mapping: Mapping) -> HostName:
+        if mapping.container is None:
+            raise ImgStorageError("internal", f"the mapping of {mapping.volume} names no container")
+        return mapping.container
+
+    def _stamp(self, mapping: Mapping, volume: Volume, *, at_rest: bool = False) -> None:
+        self._plane.stamp(
+            Stamp(
+                volume=volume,
+                generation=mapping.generation,
+                holder=None if at_rest else mapping.container,
+                mode=None if at_rest else mapping.mode,
+                phase=Phase.IDLE.value if at_rest else mapping.phase.value,
+            )
+        )
+
+    def _export(self, mapping: Mapping, volume: Volume) -> ev.Event:
+        secret = self._records.secret(volume.uuid, mapping.generation)
+        self._stamp(mapping, volume)
+        portal = self._plane.export(self._grant(mapping, volume), secret)
+        self._records.save_portal(volume.uuid, portal)
+        return ev.Exported()
+
+    def _unexport(self, mapping: Mapping, volume: Volume) -> ev.Event:
+        self._plane.unexport(volume, mapping.generation)
+        self._records.save_portal(volume.uuid, None)
+        if mapping.phase is Phase.DETACHING:
+            self._stamp(mapping, volume, at_rest=True)
+        return ev.Unexported()
+
+    def _open_return(self, mapping: Mapping, volume: Volume) -> ReturnPort:
+        secret = self._records.secret(volume.uuid, mapping.generation)
+        port = self._plane.open_return(self._grant(mapping, volume), KIND[mapping.phase], mapping.attempt, secret)
+        self.ports[volume.uuid] = port
+        return port
+
+    def _verify(self, mapping: Mapping, volume: Volume) -> ev.Event:
+        digest = self._digests.get((volume.uuid, mapping.attempt))
+        if digest is None:
+            raise ImgStorageError("failed", "the container has not yet said what it sent")
+        version = self._plane.verify_return(self._grant(mapping, volume), mapping.attempt, digest)
+        return ev.ReturnVerified(attempt=mapping.attempt, version=version, digest=digest)
+
+    def _apply(self, mapping: Mapping, volume: Volume) -> ev.Event:
+        if mapping.verified is None:
+            raise ImgStorageError("internal", "nothing was verified")
+        self._plane.apply_return(self._grant(mapping, volume), mapping.verified.version)
+        if mapping.phase is Phase.APPLYING:
+            self._stamp(mapping, replace(volume, version=mapping.verified.version), at_rest=True)
+        self.ports.pop(volume.uuid, None)
+        self._digests.pop((volume.uuid, mapping.attempt), None)
+        return ev.Applied(attempt=mapping.attempt)
+
+    def _command(self, step: Step, mapping: Mapping, volume: Volume) -> Command:
+        op = _op(mapping)
+        about: dict[str, Any] = {
+            "op": op,
+            "volume": volume.uuid,
+            "generation": mapping.generation,
+            "attempt": mapping.attempt,
+        }
+        match step:
+            case Step.TELL_ATTACH:
+                return AttachZvol(**about, grant=self._grant(mapping, volume))
+            case Step.TELL_HYDRATE:
+                return SyncZvol(**about)
+            case Step.TELL_SETTLE:
+                return SettleZvol(**about)
+            case Step.TELL_DETACH:
+                return DetachZvol(**about, force=mapping.force)
+            case _:
+                port = self.ports.get(volume.uuid)
+                if port is None or port.attempt != mapping.attempt:
+                    port = self._open_return(mapping, volume)
+                return ReturnZvol(**about, port=port)
+
+
+def _op(mapping: Mapping) -> OpId:
+    op = mapping.op or mapping.unmap_op or mapping.map_op
+    if op is None:
+        raise ImgStorageError("internal", f"no operation drives the mapping of {mapping.volume}")
+    return op
