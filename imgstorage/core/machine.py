@@ -24,6 +24,7 @@ from imgstorage.core import events as ev
 from imgstorage.core.errors import IllegalEvent
 from imgstorage.core.mapping import Held, Mapping, Mode, Phase, Verified
 from imgstorage.core.names import OpId
+from imgstorage.core.operations import Milestone as Milestone  # noqa: PLC0414 - importable from here too
 
 
 class Step(str, Enum):
@@ -46,20 +47,6 @@ class Step(str, Enum):
     TELL_DETACH_LEAVING = "tell_detach_leaving"
     UNEXPORT_LEAVING = "unexport_leaving"
     AGAIN = "again"  # in a rule: the step that failed, after a pause
-
-
-class Milestone(str, Enum):
-    """How far an operation is. The last three end it."""
-
-    ACCEPTED = "accepted"
-    USABLE = "usable"
-    LET_GO = "let_go"
-    DONE = "done"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-FINAL = frozenset({Milestone.DONE, Milestone.FAILED, Milestone.CANCELLED})
 
 
 class Owner(str, Enum):

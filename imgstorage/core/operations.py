@@ -9,8 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from imgstorage.core.machine import FINAL, Milestone
 from imgstorage.core.names import HostName, OpId
+
+
+class Milestone(str, Enum):
+    """How far an operation is. The last three end it."""
+
+    ACCEPTED = "accepted"
+    USABLE = "usable"
+    LET_GO = "let_go"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+FINAL = frozenset({Milestone.DONE, Milestone.FAILED, Milestone.CANCELLED})
 
 
 class Kind(str, Enum):
