@@ -10,10 +10,10 @@ import msgspec
 from sqlite_utils import Database as SqliteUtils
 from sqlite_utils import Migrations
 
-from imgstorage.core.machine import FINAL
+
 from imgstorage.core.mapping import Generation, Mapping, Volume
 from imgstorage.core.names import OpId, PoolName, VolumeName, VolumeUuid
-from imgstorage.core.operations import Operation
+from imgstorage.core.operations import FINAL, Operation
 from imgstorage.core.ports import Portal
 from imgstorage.core.records import JournalLine, MappingTimes, Release
 from imgstorage.store.database import Database, from_row, to_row
