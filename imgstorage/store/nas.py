@@ -10,7 +10,6 @@ import msgspec
 from sqlite_utils import Database as SqliteUtils
 from sqlite_utils import Migrations
 
-
 from imgstorage.core.mapping import Generation, Mapping, Volume
 from imgstorage.core.names import OpId, PoolName, VolumeName, VolumeUuid
 from imgstorage.core.operations import FINAL, Operation
