@@ -97,6 +97,11 @@ def show_accounts_argv() -> list[str]:
     return _argv("show", "account")
 
 
+def show_portals_argv() -> list[str]:
+    """The addresses that the daemon listens on."""
+    return _argv("show", "portal")
+
+
 def new_target_argv(tid: int, name: str) -> list[str]:
     """A target; nobody may log in to it yet."""
     return _argv("new", "target", "--tid", str(tid), "--targetname", name)
@@ -170,6 +175,7 @@ _SECTIONS = {
     "Account information:": "account",
     "ACL information:": "acl",
 }
+_PORTAL = re.compile(r"Portal: (\S+:\d+),\d+")
 _STEP = 4
 
 
@@ -274,6 +280,18 @@ def parse_accounts(text: str) -> list[str]:
     return [line.strip() for line in lines[1:]]
 
 
+def parse_portals(text: str) -> list[str]:
+    """The output of ``--op show --mode portal``: ``address:port`` of each. Raises ``tool_output``."""
+    found = []
+    for line in text.split("\n"):
+        match = _PORTAL.fullmatch(line)
+        if match:
+            found.append(match[1])
+        elif line:
+            raise _unexpected("the list of portals", line)
+    return found
+
+
 def reason(result: Result) -> str:
     """Why a command was refused, in the words of :data:`REASONS`; "" if it was not refused, or for others."""
     if result.exit_status != REFUSED:
@@ -311,19 +329,23 @@ class Tgt:
         """Whether the daemon is there and takes commands."""
         return self._raw(show_accounts_argv()).exit_status == 0
 
-    def targets(self) -> list[Target]:
-        """All targets. Raises ``tool_failed`` (no daemon too), ``tool_output``."""
-        result = self._raw(show_targets_argv())
+    def _show(self, argv: Sequence[str]) -> str:
+        result = self._raw(argv)
         if result.exit_status != 0:
             raise _failed(result)
-        return parse_targets(result.stdout)
+        return result.stdout
+
+    def targets(self) -> list[Target]:
+        """All targets. Raises ``tool_failed`` (no daemon too), ``tool_output``."""
+        return parse_targets(self._show(show_targets_argv()))
 
     def accounts(self) -> list[str]:
         """All accounts. Raises as :meth:`targets`."""
-        result = self._raw(show_accounts_argv())
-        if result.exit_status != 0:
-            raise _failed(result)
-        return parse_accounts(result.stdout)
+        return parse_accounts(self._show(show_accounts_argv()))
+
+    def portals(self) -> list[str]:
+        """The portals that the daemon listens on; one it could not bind is missing. Raises as :meth:`targets`."""
+        return parse_portals(self._show(show_portals_argv()))
 
     def new_target(self, tid: int, name: str) -> None:
         """Make a target that nobody may log in to yet. Raises ``exists`` if the number or the name is taken."""

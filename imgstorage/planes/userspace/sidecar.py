@@ -1,0 +1,100 @@
+"""The stamp beside a volume's file: whose the bytes are, which version, and whether they still are those.
+
+``<name>.raw`` has ``<name>.stamp``, a JSON file of :class:`Sidecar`. Rules
+
+* A stamp counts only for the file whose inode it names: a copy of both is not the volume.
+* At rest the file's size and mtime are those recorded, or somebody changed it. Two things may change it: a
+  writable grant (``mode`` is direct), and what came back being applied (``applying`` is its version).
+* A new stamp never hides a change: it carries over what was recorded, unless the old stamp allowed writing.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from imgstorage.core.errors import ImgStorageError
+from imgstorage.core.mapping import Mode
+from imgstorage.core.ports import Stamp
+from imgstorage.planes.userspace import files
+
+STAMP_SUFFIX = ".stamp"
+VOLUME_SUFFIX = ".raw"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """What tells one state of a file from another: inode, size in bytes, mtime in ns. All 0: never seen."""
+
+    inode: int = 0
+    size_bytes: int = 0
+    mtime_ns: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sidecar:
+    """A stamp, the state of the file it was made for, and the version that is being applied ("" = none)."""
+
+    stamp: Stamp
+    file: Identity
+    applying: str = ""
+
+    @property
+    def may_change(self) -> bool:
+        """Whether the file's bytes may legitimately change now."""
+        return bool(self.applying) or (self.stamp.mode is Mode.DIRECT and self.stamp.holder is not None)
+
+
+def stamp_path(volume_file: Path) -> Path:
+    """The sidecar of a volume's file."""
+    return volume_file.with_name(volume_file.name.removesuffix(VOLUME_SUFFIX) + STAMP_SUFFIX)
+
+
+def identity(path: Path) -> Identity | None:
+    """The state of a regular file; None if there is none. Raises ``not_allowed`` for anything else (a link)."""
+    try:
+        found = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not stat.S_ISREG(found.st_mode):
+        raise ImgStorageError("not_allowed", f"{path} is not a regular file")
+    return Identity(inode=found.st_ino, size_bytes=found.st_size, mtime_ns=found.st_mtime_ns)
+
+
+def load(volume_file: Path) -> Sidecar | None:
+    """The sidecar of a volume's file; None if there is none. Raises ``corrupt``."""
+    return files.read_json(stamp_path(volume_file), Sidecar)
+
+
+def save(volume_file: Path, sidecar: Sidecar) -> None:
+    """Write the sidecar, durably."""
+    files.write_json(stamp_path(volume_file), sidecar)
+
+
+def renewed(old: Sidecar | None, stamp: Stamp, now: Identity) -> Sidecar:
+    """The sidecar for a new stamp of a file that is ``now`` so.
+
+    A file that could be written under the old stamp is taken as it is, if it is still the same inode; else what
+    was recorded stays recorded. The parent of a new version is the old one, unless the stamp names it.
+    """
+    if old is None or old.stamp.volume.uuid != stamp.volume.uuid:
+        return Sidecar(stamp=stamp, file=Identity())
+    if not stamp.parent_version:
+        same = stamp.volume.version == old.stamp.volume.version
+        parent = old.stamp.parent_version if same else old.stamp.volume.version
+        stamp = replace(stamp, parent_version=parent)
+    seen = now if old.may_change and not old.applying and now.inode == old.file.inode else old.file
+    return Sidecar(stamp=stamp, file=seen, applying=old.applying)
+
+
+def changed(sidecar: Sidecar, now: Identity) -> str:
+    """Why the file is not what its stamp says, as a clause; "" if it is."""
+    if sidecar.file.inode != now.inode:
+        return "it is another file than the one that was stamped (restored or copied?)"
+    if sidecar.file.size_bytes != now.size_bytes:
+        return f"it has {now.size_bytes} bytes instead of {sidecar.file.size_bytes}"
+    if not sidecar.may_change and sidecar.file.mtime_ns != now.mtime_ns:
+        return "it was written to while nobody was allowed to"
+    return ""

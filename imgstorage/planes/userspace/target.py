@@ -1,0 +1,310 @@
+"""The NAS's own iSCSI target daemon: one tgtd, and the targets in it.
+
+Rules
+* It outlives the daemon that started it. Who listens at the control socket is asked of the kernel
+  (SO_PEERCRED), so one whose starter died before writing anything down is adopted all the same; ``tgtd.json``
+  names it for the case that the socket's file is gone.
+* tgtd goes on, and answers, when its portal's port is taken by another: it counts as up only if it has the
+  portal. It knows nothing after a restart: whoever calls :meth:`Targets.ensure` makes the targets again.
+* A target is offered in this order: target, LUN, its parameters, account, and the access list last, so nobody
+  gets in before read-only and CHAP hold. One that is not exactly as wanted is removed and made again.
+* A target counts as removed when tgtd neither lists it nor has its file open: a write that was under way has
+  ended by then.
+* One lock around each change: target numbers are used again, and two threads must not mean the same one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from imgstorage.core.errors import ImgStorageError
+from imgstorage.planes.userspace import files
+from imgstorage.tools.qmp import listener_pid
+from imgstorage.tools.run import spawn, start_time, wait_gone
+from imgstorage.tools.tgtadm import Target, Tgt
+
+log = logging.getLogger(__name__)
+
+LUN = 1
+IO_THREADS = 2
+START_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 20.0
+LOCK_TIMEOUT_S = 60.0
+POLL_S = 0.002
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offer:
+    """One target as it should be: a file for one initiator. ``sync`` opens the file O_SYNC."""
+
+    iqn: str
+    path: Path
+    serial: str
+    user: str
+    initiator: str
+    readonly: bool
+
+    @property
+    def sync(self) -> bool:
+        """Writable LUNs are synchronous: after a NAS crash an initiator's next flush would succeed although
+        acknowledged writes were gone."""
+        return not self.readonly
+
+    def is_made(self, target: Target) -> bool:
+        """Whether a target is exactly this."""
+        lun = target.lun(LUN)
+        return (
+            lun is not None
+            and target.name == self.iqn
+            and lun.online
+            and lun.path == str(self.path)
+            and lun.serial == self.serial
+            and lun.readonly == self.readonly
+            and lun.thin
+            and lun.flags == ("sync" if self.sync else "")
+            and target.accounts == (self.user,)
+            and target.acl == (self.initiator,)
+            and len(target.luns) == 2
+        )
+
+
+@dataclass(frozen=True)
+class _Process:
+    pid: int
+    start_time: int
+
+
+def portal_text(address: str, port: int) -> str:
+    """A portal as tgtd takes it; an IPv6 address goes in brackets."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+class Targets:
+    """The target daemon of one NAS, in a folder of its own."""
+
+    def __init__(self, folder: Path, address: str, port: int) -> None:
+        self._folder = folder
+        self._portal = portal_text(address, port)
+        self._tgt = Tgt(folder / "ctl")
+        self._socket = folder / "ctl.0"
+        self._record = folder / "tgtd.json"
+        self._guard = threading.RLock()
+        self._depth = 0
+        self._secrets: dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._guard:
+            if self._depth:
+                yield
+                return
+            self._depth += 1
+            try:
+                with files.locked(self._folder / "tgtd.lock", timeout_s=LOCK_TIMEOUT_S):
+                    yield
+            finally:
+                self._depth -= 1
+
+    # -- the daemon ------------------------------------------------------------------------------------------
+
+    def ensure(self) -> bool:
+        """See that the daemon runs, answers and has its portal; True if it had to be started (it knows no targets).
+
+        Raises ``tool_missing``, ``failed``, ``conflict`` (the port is taken).
+        """
+        with self._locked():
+            process = self._running()
+            if process is not None and self._has_portal():
+                self._write_record(process)
+                return False
+            for old in {process, self._recorded()} - {None}:
+                self._kill(old)  # type: ignore[arg-type]
+            self._start()
+            return True
+
+    def stop(self) -> None:
+        """Remove all targets, then end the daemon. No error if it does not run."""
+        with self._locked():
+            process = self._running() or self._recorded()
+            if process is None:
+                return
+            with contextlib.suppress(ImgStorageError):
+                for target in self._tgt.targets():
+                    self._tgt.delete_target(target.tid, force=True)
+                self._tgt.stop()
+                wait_gone(process.pid, STOP_TIMEOUT_S)
+            self._kill(process)
+            for path in (self._record, self._socket):
+                path.unlink(missing_ok=True)
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the daemon; None if it does not run."""
+        process = self._running()
+        return process.pid if process else None
+
+    def _running(self) -> _Process | None:
+        """Who listens at the control socket."""
+        pid = listener_pid(self._socket)
+        if pid is None:
+            return None
+        began = start_time(pid)
+        return None if began is None else _Process(pid, began)
+
+    def _recorded(self) -> _Process | None:
+        """Whom the record names, if exactly that process still runs."""
+        try:
+            record = files.read_json(self._record, _Process)
+        except ImgStorageError:
+            return None
+        if record is None or start_time(record.pid) != record.start_time:
+            return None
+        return record if _is_tgtd(record.pid) else None
+
+    def _write_record(self, process: _Process) -> None:
+        try:
+            if files.read_json(self._record, _Process) == process:
+                return
+        except ImgStorageError as error:
+            log.warning("%s", error)
+        files.write_json(self._record, process)
+
+    def _kill(self, process: _Process) -> None:
+        if start_time(process.pid) == process.start_time and _is_tgtd(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+            if not wait_gone(process.pid, STOP_TIMEOUT_S):
+                raise ImgStorageError("failed", f"tgtd, pid {process.pid}, cannot be ended")
+
+    def _has_portal(self) -> bool:
+        """Whether it serves. Only a daemon that does not answer counts as dead: what else goes wrong is raised,
+        because the daemon may be serving guests."""
+        try:
+            return self._portal in self._tgt.portals()
+        except ImgStorageError as error:
+            if error.code != "tool_failed":
+                raise
+            return False
+
+    def _start(self) -> None:
+        argv = ["tgtd", "-f", "-C", "0", "-t", str(IO_THREADS), "--iscsi", f"portal={self._portal}"]
+        log_file = self._folder / "tgtd.log"
+        pid = spawn(argv, log_file=log_file, env={"TGT_IPC_SOCKET": str(self._folder / "ctl")})
+        self._secrets.clear()
+        until = time.monotonic() + START_TIMEOUT_S
+        while True:
+            process = self._running()
+            if process is not None and process.pid == pid and self._tgt.answers():
+                break
+            if start_time(pid) is None or time.monotonic() > until:
+                self._abandon(pid)
+                raise ImgStorageError("failed", f"the target daemon (tgtd) did not start: see {log_file}")
+            time.sleep(POLL_S)
+        self._write_record(process)
+        if not self._has_portal():
+            self._abandon(pid)
+            raise ImgStorageError(
+                "conflict",
+                f"tgtd cannot listen on {self._portal}",
+                hint="another target daemon may have the port; or name another address or port",
+            )
+
+    def _abandon(self, pid: int) -> None:
+        began = start_time(pid)
+        if began is not None:
+            self._kill(_Process(pid, began))
+
+    # -- targets ---------------------------------------------------------------------------------------------
+
+    def seen(self) -> list[Target]:
+        """All targets that exist now. Raises ``tool_failed`` if the daemon does not run."""
+        return self._tgt.targets()
+
+    def offer(self, offer: Offer, secret: str, check: Callable[[Sequence[Target]], Sequence[Target]]) -> None:
+        """Make a target as ``offer`` says; nothing is done if it is so already.
+
+        ``check`` is given all targets and returns those that have to go first; it may raise.
+        """
+        with self._locked():
+            seen = self._tgt.targets()
+            for old in check(seen):
+                self._remove(old)
+            mine = next((target for target in seen if target.name == offer.iqn), None)
+            if mine is not None and not offer.is_made(mine):
+                self._remove(mine)
+                mine = None
+            mark = hashlib.sha256(secret.encode()).hexdigest()
+            if mine is None:
+                self._make(offer, secret, {target.tid for target in self._tgt.targets()})
+            elif self._secrets.get(offer.iqn) != mark:
+                self._tgt.set_account(offer.user, secret)
+                self._tgt.bind_account(mine.tid, offer.user)
+            self._secrets[offer.iqn] = mark
+
+    def _make(self, offer: Offer, secret: str, taken: set[int]) -> None:
+        tid = next(number for number in range(1, len(taken) + 2) if number not in taken)
+        params = {"scsi_sn": offer.serial, "thin_provisioning": "1", "readonly": "1" if offer.readonly else "0"}
+        self._tgt.new_target(tid, offer.iqn)
+        self._tgt.new_lun(tid, LUN, offer.path, params, sync=offer.sync)
+        self._tgt.set_account(offer.user, secret)
+        self._tgt.bind_account(tid, offer.user)
+        self._tgt.bind_initiator(tid, name=offer.initiator)
+        made = next((target for target in self._tgt.targets() if target.tid == tid), None)
+        if made is None or not offer.is_made(made):
+            raise ImgStorageError("failed", f"target {offer.iqn} is not as it should be: {made}")
+
+    def remove(self, which: Callable[[Target], bool]) -> None:
+        """Remove the targets that ``which`` picks, whatever their sessions, and see that they are gone."""
+        with self._locked():
+            for target in self._tgt.targets():
+                if which(target):
+                    self._remove(target)
+
+    def _remove(self, target: Target) -> None:
+        self._tgt.delete_target(target.tid, force=True)
+        for user in target.accounts:
+            self._tgt.delete_account(user)
+        self._secrets.pop(target.name, None)
+        left = self._tgt.targets()
+        if any(other.name == target.name for other in left):
+            raise ImgStorageError("failed", f"target {target.name} cannot be removed")
+        still = {lun.path for other in left for lun in other.luns}
+        for lun in target.luns:
+            if lun.number and lun.path not in still:
+                self._wait_closed(lun.path)
+
+    def _wait_closed(self, path: str) -> None:
+        until = time.monotonic() + CLOSE_TIMEOUT_S
+        while path in self._open_files():
+            if time.monotonic() > until:
+                raise ImgStorageError("in_use", f"the target daemon still has {path} open")
+            time.sleep(POLL_S)
+
+    def _open_files(self) -> set[str]:
+        process = self._running()
+        found: set[str] = set()
+        if process is None:
+            return found
+        folder = f"/proc/{process.pid}/fd"
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(folder):
+                with contextlib.suppress(OSError):
+                    found.add(os.readlink(f"{folder}/{name}"))
+        return found
+
+
+def _is_tgtd(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip() == "tgtd"
+    except OSError:
+        return False
