@@ -59,7 +59,7 @@ class NasConfig(DaemonConfig):
 
 @dataclass(frozen=True)
 class ContainerConfig(DaemonConfig):
-    """``img-storage-vm``: pools by name, where devices appear, whether FUSE is used (auto, yes, no)."""
+    """``img-storage-vm``: pools by name, where devices appear, whether FUSE is used (auto, on, off)."""
 
     plane: str
     pools: Mapping[PoolName, Path]
@@ -72,11 +72,12 @@ class ContainerConfig(DaemonConfig):
 
 @dataclass(frozen=True)
 class FrontendConfig(DaemonConfig):
-    """``img-storage-frontend``: the hosts it knows by role, and the default of img_sync."""
+    """``img-storage-frontend``: the hosts it knows by role; the default of img_sync, and of single hosts."""
 
     nas_hosts: tuple[HostName, ...]
     container_hosts: tuple[HostName, ...]
     img_sync: bool
+    img_sync_of: Mapping[HostName, bool]
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,14 @@ class Section:
                     raise error if error.code == "bad_config" else self.bad(key, error.message) from None
         if not found:
             raise self.bad("pool.NAME", "no pool is configured")
+        return found
+
+    def per_host(self, key: str) -> dict[HostName, bool]:
+        """``KEY.HOST = yes`` lines."""
+        found: dict[HostName, bool] = {}
+        for name in self._values:
+            if name.startswith(f"{key}."):
+                found[names.host_name(name.removeprefix(f"{key}."))] = self.yes(name, False)
         return found
 
     def host(self, key: str) -> HostName:
@@ -269,7 +278,7 @@ def load_container(path: Path) -> ContainerConfig:
         pools=pools,
         default_pool=None if default == "-" else names.pool_name(default),
         run_dir=container.path("run_dir", "/run/imgstorage"),
-        fuse=container.choice("fuse", ("auto", "yes", "no"), "auto"),
+        fuse=container.choice("fuse", ("auto", "on", "off"), "auto"),
         copy_speed_bytes_s=container.size("copy_speed", 0),
         watermark_bytes=container.size("watermark", 64 << 20),
     )
@@ -289,6 +298,7 @@ def load_frontend(path: Path) -> FrontendConfig:
         nas_hosts=tuple(names.host_name(word) for word in frontend.words("nas_hosts")),
         container_hosts=tuple(names.host_name(word) for word in frontend.words("container_hosts")),
         img_sync=frontend.yes("img_sync", False),
+        img_sync_of=frontend.per_host("img_sync"),
     )
     _ended(path, sections, daemon, frontend)
     return config

@@ -97,6 +97,9 @@ class ContainerEngine:
         self._plane.start()
         self._tasks.run("tend", self._tend, TEND_EVERY_S)
 
+    def connected(self) -> None:
+        """The broker is back. The NAS hears our hello and asks again for what it still waits for."""
+
     def _tend(self) -> None:
         try:
             for sentence in self._plane.tend():

@@ -72,6 +72,12 @@ class Coordinator:
             return
         self._inbox.receive(letter)
 
+    def start(self) -> None:
+        """Nothing is under way here that a restart would have to go on with."""
+
+    def connected(self) -> None:
+        """The broker is back. Whoever waits asks again."""
+
     # -- passing on
 
     def _known(self, host: HostName, role: str) -> None:

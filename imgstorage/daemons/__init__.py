@@ -1,0 +1,1 @@
+"""The three daemons: processes that wire engine, plane, store and bus together. Nothing else does."""

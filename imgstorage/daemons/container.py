@@ -1,0 +1,45 @@
+"""``img-storage-vm``: the devices that virtual machines open, on one VM container."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from imgstorage.bus import topology
+from imgstorage.config import ContainerConfig, DaemonConfig, load_container
+from imgstorage.daemons import process
+from imgstorage.engine.container import ContainerEngine
+from imgstorage.engine.world import World
+from imgstorage.planes.userspace.container import UserspaceContainer
+from imgstorage.planes.userspace.settings import ContainerSettings
+from imgstorage.store.container import ContainerStore
+
+
+def build(config: DaemonConfig, world: World) -> ContainerEngine:
+    """The container's engine on its plane. Raises ImgStorageError."""
+    assert isinstance(config, ContainerConfig)  # noqa: S101
+    settings = ContainerSettings(
+        host=config.host,
+        state_dir=config.state_dir,
+        run_dir=config.run_dir,
+        pools=config.pools,
+        default_pool=config.default_pool,
+        fuse=config.fuse,
+        copy_speed_bytes_s=config.copy_speed_bytes_s,
+        watermark_bytes=config.watermark_bytes,
+    )
+    return ContainerEngine(world, ContainerStore(config.state_dir / "container.db"), UserspaceContainer(settings))
+
+
+PROGRAM = process.Program(
+    "img-storage-vm", "vm.conf", load_container, lambda config: topology.container(config.host), build
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command ``img-storage-vm``."""
+    return process.main(PROGRAM, argv)
+
+
+if __name__ == "__main__":
+    os._exit(main())

@@ -1,0 +1,44 @@
+"""``img-storage-nas``: volumes, targets and the mapping database of one NAS."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from imgstorage.bus import topology
+from imgstorage.config import DaemonConfig, NasConfig, load_nas
+from imgstorage.daemons import process
+from imgstorage.engine.nas import NasEngine
+from imgstorage.engine.world import World
+from imgstorage.planes.userspace.nas import NasSettings, UserspaceNas
+from imgstorage.store.nas import NasStore
+
+
+def build(config: DaemonConfig, world: World) -> NasEngine:
+    """The NAS's engine on its plane. Raises ImgStorageError."""
+    assert isinstance(config, NasConfig)  # noqa: S101
+    settings = NasSettings(
+        state_dir=config.state_dir,
+        pools=config.pools,
+        import_dirs=config.import_dirs,
+        address=config.address,
+        port=config.port,
+    )
+    return NasEngine(world, NasStore(config.state_dir / "img_storage.db"), UserspaceNas(settings))
+
+
+def party(config: DaemonConfig) -> topology.Party:
+    """Who this daemon is on the bus."""
+    return topology.nas(config.host)
+
+
+PROGRAM = process.Program("img-storage-nas", "nas.conf", load_nas, party, build)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command ``img-storage-nas``."""
+    return process.main(PROGRAM, argv)
+
+
+if __name__ == "__main__":
+    os._exit(main())
