@@ -135,10 +135,19 @@ class Link:
         self._epoch += 1
         self._claim_since = time.monotonic()
         self._claim_told = False
+        connection.add_on_connection_blocked_callback(self._blocked)
+        connection.add_on_connection_unblocked_callback(self._unblocked)
         if self._stopping:
             connection.close()
         else:
             self._open_inbox()
+
+    def _blocked(self, _: Any, frame: Any) -> None:
+        self.trouble = f"it takes nothing at present ({frame.method.reason})"
+        log.warning("the message broker takes nothing at present: %s", frame.method.reason)
+
+    def _unblocked(self, _: Any, __: Any) -> None:
+        self.trouble = ""
 
     def _lost(self, reason: str) -> None:
         """The connection ended or could not be made: try the next URL, waiting longer after each whole round."""

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 class BusPost:
     """A daemon's post. ``on_letter`` is called in one thread, letter by letter; what it raises dead-letters the letter.
 
-    A letter is acknowledged when ``on_letter`` returns. ``on_state`` as in :class:`Bus`, in the same thread.
+    A letter is acknowledged when ``on_letter`` returns; our own announcements do not come back.
+    ``on_state`` as in :class:`Bus`, in the same thread.
     """
 
     def __init__(
@@ -107,6 +108,8 @@ class BusPost:
 
     def _arrived(self, delivery: Delivery) -> Verdict:
         sender = topology.sender_of(delivery)
+        if sender == self._party:
+            return Verdict.ACK  # our own hello
         try:
             if delivery.oversized:
                 raise ImgStorageError("bad_message", "the message is too large")

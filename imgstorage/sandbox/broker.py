@@ -16,62 +16,52 @@ Versions tried: RabbitMQ 3.10.8 with Erlang 25 (Debian 12).
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import os
-import secrets
+import re
 import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from imgstorage.core.errors import ImgStorageError
+from imgstorage.sandbox.broker_files import (
+    NODE,
+    State,
+    choose_ports,
+    environment,
+    free,
+    load,
+    ports_of,
+    save,
+    write_config,
+    write_definitions,
+)
 from imgstorage.tools import run
 
 SERVERS = ("/usr/lib/rabbitmq/bin/rabbitmq-server", "rabbitmq-server")
 """The launcher itself: the wrapper in /usr/sbin runs as the user ``rabbitmq`` and refuses other users."""
 
-NODE = "imgstorage@localhost"
-PORTS = range(20_000, 32_000)  # below the kernel's ephemeral ports (32768-60999): a restart finds them free
-MEMORY_BYTES = 256 << 20
-DISK_FREE_BYTES = 32 << 20
-MAX_MESSAGE_BYTES = 16 << 20
 START_S = 60.0
 STOP_S = 15.0
 AMQP_HEADER = b"AMQP\x00\x00\x09\x01"
 _START_METHOD = bytes([0, 10, 0, 10])  # class 10 (connection), method 10 (start): AMQP 0-9-1, section 1.4.2.1
 
 
-@dataclass(frozen=True, kw_only=True)
-class _State:
-    """What ``broker.json`` holds. Start times are those of :func:`imgstorage.tools.run.start_time`; 0 = none."""
-
-    amqp_port: int
-    dist_port: int
-    epmd_port: int
-    ctl_port: int
-    pid: int = 0
-    pid_start: int = 0
-    epmd_pid: int = 0
-    epmd_start: int = 0
-    digest: str = ""
-
-
 class Broker:
     """A broker that runs, or ran, in ``folder``. Any process of the same user may load and stop it."""
 
-    def __init__(self, folder: Path, state: _State) -> None:
+    def __init__(self, folder: Path, state: State) -> None:
         self.folder = folder
         self._state = state
 
     @classmethod
     def load(cls, folder: Path) -> Broker:
         """The broker of this folder. Raises ``not_found`` if there never was one, ``corrupt``."""
-        state = _load(folder.absolute())
+        state = load(folder.absolute())
         if state is None:
             raise ImgStorageError("not_found", f"no broker was ever started in {folder}")
         return cls(folder.absolute(), state)
@@ -100,13 +90,14 @@ class Broker:
         """Whether its process is there (it may still be starting, or stopping)."""
         return _alive(self._state.pid, self._state.pid_start)
 
+    def control(self, *arguments: str) -> run.Result:
+        """Run rabbitmqctl on it. Raises ``tool_failed``."""
+        return _control(self.folder, self._state, *arguments)
+
     def stop(self) -> None:
         """End the broker and its epmd, and wait until both are gone; its data stays. No error if it is down."""
         with _only_one(self.folder):
-            state = _load(self.folder) or self._state
-            _end(state.pid, state.pid_start)
-            _end(state.epmd_pid, state.epmd_start)
-            self._state = _save(self.folder, _ports_of(state))
+            self._state = _ended(self.folder, load(self.folder) or self._state)
 
 
 def start_broker(folder: Path, definitions: Mapping[str, Any]) -> Broker:
@@ -118,15 +109,16 @@ def start_broker(folder: Path, definitions: Mapping[str, Any]) -> Broker:
     folder = folder.absolute()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _only_one(folder):
-        state = _load(folder)
+        server = _server()
+        state = load(folder)
         remembered = state is not None
-        digest = _write_definitions(folder, definitions)
+        digest = write_definitions(folder, definitions)
         for attempt in range(5):
             if state is None:
-                state = _choose_ports()
-            _write_config(folder, state)
+                state = choose_ports()
+            write_config(folder, state)
             try:
-                return Broker(folder, _started(folder, state, digest))
+                return Broker(folder, _started(folder, state, digest, server))
             except ImgStorageError as error:
                 if remembered or attempt == 4 or "eaddrinuse" not in error.message:
                     raise
@@ -134,35 +126,66 @@ def start_broker(folder: Path, definitions: Mapping[str, Any]) -> Broker:
     raise AssertionError("unreachable")
 
 
-def _started(folder: Path, state: _State, digest: str) -> _State:
+def _started(folder: Path, state: State, digest: str, server: str) -> State:
     until = time.monotonic() + START_S
+    state = _adopted(folder, state)
     if _alive(state.pid, state.pid_start):
         _wait_ready(folder, state, until)
         if state.digest != digest:
-            _import_definitions(folder, state)
-            state = _save(folder, _State(**{**asdict(state), "digest": digest}))
-        return state
-    env = _environment(folder, state)
-    if not _alive(state.epmd_pid, state.epmd_start):
-        argv = ["epmd", "-address", "127.0.0.1", "-port", str(state.epmd_port)]
-        epmd = run.spawn(argv, log_file=folder / "log" / "epmd.log", env=env)
-        state = _save(folder, _State(**{**asdict(state), "epmd_pid": epmd, "epmd_start": run.start_time(epmd) or 0}))
-    # A killed broker's last child may hold the lock for a moment longer: wait for it, but not for another broker.
-    lock = ["flock", "--no-fork", "--timeout", "5", "--conflict-exit-code", "75", str(folder / "lock")]
-    pid = run.spawn([*lock, _server()], log_file=folder / "log" / "start.log", env=env)
-    started = {"pid": pid, "pid_start": run.start_time(pid) or 0, "digest": digest}
-    state = _save(folder, _State(**{**asdict(state), **started}))
+            _control(folder, state, "import_definitions", str(folder / "definitions.json"))
+        return save(folder, replace(state, digest=digest))
+    for port in (state.amqp_port, state.dist_port):
+        if not free(port):
+            hint = f"see: ss -ltnp sport = {port}"
+            raise ImgStorageError("failed", f"port {port} of the message broker is used by another program", hint=hint)
+    env = environment(folder, state)
+    log_folder = folder / "log"
+    (log_folder / "start.log").unlink(missing_ok=True)
     try:
+        if not _alive(state.epmd_pid, state.epmd_start):
+            argv = ["epmd", "-address", "127.0.0.1", "-port", str(state.epmd_port)]
+            epmd = run.spawn(argv, log_file=log_folder / "epmd.log", env=env)
+            state = save(folder, replace(state, epmd_pid=epmd, epmd_start=run.start_time(epmd) or 0))
+        # A killed broker's last child may hold the lock for a moment longer.
+        lock = ["flock", "--no-fork", "--timeout", "5", str(folder / "lock")]
+        pid = run.spawn([*lock, server], log_file=log_folder / "start.log", env=env)
+        state = save(folder, replace(state, pid=pid, pid_start=run.start_time(pid) or 0, digest=digest))
         _wait_ready(folder, state, until)
     except ImgStorageError:
-        _end(state.pid, state.pid_start)
-        _end(state.epmd_pid, state.epmd_start)
-        _save(folder, _ports_of(state))
+        _ended(folder, state)
         raise
     return state
 
 
-def _wait_ready(folder: Path, state: _State, until: float) -> None:
+def _adopted(folder: Path, state: State) -> State:
+    """The state with the broker that holds the lock, if it is not the one we know: its starter was killed."""
+    lock = folder / "lock"
+    if _alive(state.pid, state.pid_start) or not lock.exists():
+        return state
+    inode = str(lock.stat().st_ino)
+    for line in (
+        Path("/proc/locks").read_text().splitlines()
+    ):  # proc(5): "1: FLOCK ADVISORY WRITE pid major:minor:inode"
+        words = line.split()
+        if words[1] == "FLOCK" and words[5].rpartition(":")[2] == inode and int(words[4]) > 0:
+            pid = int(words[4])
+            started = run.start_time(pid)
+            if started is not None:
+                return replace(state, pid=pid, pid_start=started, digest="")
+    return state
+
+
+def _ended(folder: Path, state: State) -> State:
+    """End both processes and forget them."""
+    state = _adopted(folder, state)
+    _end(state.pid, state.pid_start)
+    _end(state.epmd_pid, state.epmd_start)
+    if not free(state.epmd_port):  # an epmd whose starter was killed before it could write it down
+        run.run(["epmd", "-port", str(state.epmd_port), "-kill"], check=False, env=environment(folder, state))
+    return save(folder, ports_of(state))
+
+
+def _wait_ready(folder: Path, state: State, until: float) -> None:
     while not _answers(state.amqp_port):
         if not _alive(state.pid, state.pid_start):
             raise _failure(folder, "the message broker ended while it started")
@@ -184,21 +207,23 @@ def _answers(port: int) -> bool:
     return answer[:1] == b"\x01" and answer[7:11] == _START_METHOD
 
 
+_TELLING = re.compile(r"Failed to|Error during startup|eaddrinuse|could_not_start|ERROR")
+_LOG_PREFIX = re.compile(r"^\S+ \S+ \[\w+\] <[\d.]+> ")
+
+
 def _failure(folder: Path, what: str) -> ImgStorageError:
-    """An error with the last lines of the log that says why."""
-    words = []
-    for name in (f"{NODE}.log", "start.log"):
-        log_file = folder / "log" / name
-        if log_file.exists():
-            lines = [line.strip() for line in log_file.read_text(errors="replace").splitlines()]
-            words += [line for line in lines[-40:] if "error" in line.lower() or "eaddrinuse" in line][-4:]
-    return ImgStorageError("failed", " | ".join([what, *words]), hint=f"read the files in {folder / 'log'}")
+    """An error with the lines of this start's log that say why: the last ones are Erlang's crash report."""
+    lines = (folder / "log" / "start.log").read_text(errors="replace").splitlines()
+    lines = [_LOG_PREFIX.sub("", line).strip()[:200] for line in lines]
+    told = [line for line in lines if _TELLING.search(line)][:3] or [line for line in lines if line][-2:]
+    return ImgStorageError(
+        "failed", ": ".join([what, *dict.fromkeys(told)]), hint=f"read the files in {folder / 'log'}"
+    )
 
 
-def _import_definitions(folder: Path, state: _State) -> None:
-    ctl = str(Path(_server()).with_name("rabbitmqctl"))
-    argv = [ctl, "--node", NODE, "import_definitions", str(folder / "definitions.json")]
-    run.run(argv, timeout_s=60.0, env=_environment(folder, state))
+def _control(folder: Path, state: State, *arguments: str) -> run.Result:
+    argv = [str(Path(_server()).with_name("rabbitmqctl")), "--node", NODE, *arguments]
+    return run.run(argv, timeout_s=60.0, env=environment(folder, state))
 
 
 def _server() -> str:
@@ -208,110 +233,6 @@ def _server() -> str:
         except ImgStorageError:
             continue
     raise ImgStorageError("tool_missing", "RabbitMQ is not installed", hint="install the package rabbitmq-server")
-
-
-# -- files
-
-
-def _load(folder: Path) -> _State | None:
-    path = folder / "broker.json"
-    if not path.exists():
-        return None
-    try:
-        return _State(**json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise ImgStorageError("corrupt", f"{path} cannot be read: {error}") from error
-
-
-def _save(folder: Path, state: _State) -> _State:
-    fresh = folder / "broker.json.new"
-    fresh.write_text(json.dumps(asdict(state), indent=1))
-    fresh.replace(folder / "broker.json")
-    return state
-
-
-def _ports_of(state: _State) -> _State:
-    return _State(**{key: value for key, value in asdict(state).items() if key.endswith("_port")})
-
-
-def _write_definitions(folder: Path, definitions: Mapping[str, Any]) -> str:
-    text = json.dumps(definitions, indent=1, sort_keys=True)
-    _write_private(folder / "definitions.json", text)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _write_private(path: Path, text: str, mode: int = 0o600) -> None:
-    fresh = path.with_name(path.name + ".new")
-    fresh.unlink(missing_ok=True)
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with open(descriptor, "w") as file:
-        file.write(text)
-    fresh.replace(path)
-
-
-def _write_config(folder: Path, state: _State) -> None:
-    (folder / "log").mkdir(exist_ok=True)
-    cookie = folder / ".erlang.cookie"
-    if not cookie.exists():
-        _write_private(cookie, secrets.token_hex(20), mode=0o400)
-    lines = {
-        "listeners.tcp.default": f"127.0.0.1:{state.amqp_port}",
-        "load_definitions": folder / "definitions.json",
-        "heartbeat": 10,
-        "max_message_size": MAX_MESSAGE_BYTES,
-        "vm_memory_high_watermark.absolute": MEMORY_BYTES,
-        "disk_free_limit.absolute": DISK_FREE_BYTES,
-        "log.file.level": "info",
-        "log.connection.level": "warning",  # every command line would leave three lines
-        "log.file.rotation.size": 4 << 20,
-        "log.file.rotation.count": 2,
-    }
-    (folder / "rabbitmq.conf").write_text("".join(f"{key} = {value}\n" for key, value in lines.items()))
-    (folder / "enabled_plugins").write_text("[].\n")
-
-
-def _environment(folder: Path, state: _State) -> dict[str, str]:
-    erl = "+S 1:1 +SDcpu 1:1 +SDio 2 +A 4 -start_epmd false -kernel inet_dist_use_interface {127,0,0,1}"
-    return {
-        "HOME": str(folder),
-        "RUNNING_UNDER_SYSTEMD": "true",
-        "RABBITMQ_NODENAME": NODE,
-        "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
-        "RABBITMQ_NODE_PORT": str(state.amqp_port),
-        "RABBITMQ_DIST_PORT": str(state.dist_port),
-        "RABBITMQ_CTL_DIST_PORT_MIN": str(state.ctl_port),
-        "RABBITMQ_CTL_DIST_PORT_MAX": str(state.ctl_port),
-        "ERL_EPMD_ADDRESS": "127.0.0.1",
-        "ERL_EPMD_PORT": str(state.epmd_port),
-        "ERL_CRASH_DUMP": "/dev/null",
-        "RABBITMQ_CONF_ENV_FILE": "/dev/null",
-        "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
-        "RABBITMQ_ADVANCED_CONFIG_FILE": str(folder / "advanced.config"),
-        "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),
-        "RABBITMQ_GENERATED_CONFIG_DIR": str(folder / "generated"),
-        "RABBITMQ_MNESIA_BASE": str(folder / "data"),
-        "RABBITMQ_LOG_BASE": str(folder / "log"),
-        "RABBITMQ_PID_FILE": str(folder / "pid"),
-        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": erl,
-    }
-
-
-# -- ports and processes
-
-
-def _choose_ports() -> _State:
-    found: list[int] = []
-    while len(found) < 4:
-        port = secrets.choice(PORTS)
-        with socket.socket() as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                trial.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        if port not in found:
-            found.append(port)
-    return _State(amqp_port=found[0], dist_port=found[1], epmd_port=found[2], ctl_port=found[3])
 
 
 def _alive(pid: int, started: int) -> bool:

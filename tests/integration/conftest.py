@@ -88,6 +88,10 @@ class RealBroker:
         finally:
             connection.close()
 
+    def control(self, *arguments: str) -> None:
+        """rabbitmqctl."""
+        self.process.control(*arguments)
+
     def kill(self) -> None:
         """kill -9, as a crash would."""
         os.kill(self.process.pid, signal.SIGKILL)

@@ -209,6 +209,34 @@ def test_without_a_broker_a_send_ends_at_its_deadline(broker: RealBroker) -> Non
         storage.stop()
 
 
+def test_a_broker_short_of_memory_is_named_and_the_message_goes_out_later(broker: RealBroker) -> None:
+    storage = broker.bus(NAS, send_timeout_s=1.0)
+    with running(storage):
+        broker.control("set_vm_memory_high_watermark", "absolute", "1MB")
+        try:
+
+            def blocked() -> bool:
+                try:
+                    storage.send(EVENTS, hello_key(NAS), b"up")
+                except ImgStorageError as error:
+                    assert error.code == "broker_unreachable"
+                    return "low on memory" in error.message
+                return False
+
+            until(blocked)
+        finally:
+            broker.control("set_vm_memory_high_watermark", "absolute", "256MB")
+
+        def through() -> bool:
+            try:
+                storage.send(EVENTS, hello_key(NAS), b"up")
+            except ImgStorageError:
+                return False
+            return True
+
+        until(through)
+
+
 def test_the_second_url_is_used_when_the_first_does_not_answer(broker: RealBroker) -> None:
     storage = broker.bus(NAS, urls=(f"amqp://127.0.0.1:{free_port()}", *broker.urls))
     with running(storage):

@@ -7,6 +7,7 @@ import queue
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 
@@ -126,6 +127,8 @@ def test_news_reach_those_who_listen(broker: RealBroker, daemon: Callable[..., D
     hello = Hello(host=host_name("fe"), role=Role.FRONTEND, version="1", boot="b", life="l")
     frontend.post.announce(hello)
     assert storage.next(Hello).message == vm.next(Hello).message == hello
+    storage.post.announce(replace(hello, host=host_name(NAS.host), role=Role.NAS))
+    assert frontend.next(Hello).host == NAS.host  # and the frontend did not get its own before
     operation = Operation(op=STEP["op"], kind=Kind.MAP, nas=host_name(NAS.host), pool="tank", volume="v")
     with broker.client() as client:
         client.follow(operation.op)

@@ -41,15 +41,15 @@ from imgstorage.bus.topology import (
 )
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.messages import Role
-from imgstorage.core.names import host_name, new_op_id
+from imgstorage.core.names import host_name, new_op_id, op_id
 
 LABEL = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,8}[a-z0-9])?", fullmatch=True)
 HOST = st.lists(LABEL, min_size=1, max_size=4).map(".".join)
 NAS, OTHER_NAS = nas("nas-0-0"), nas("nas-0-1.example.org")
 VM, OTHER_VM = container("compute-0-0"), container("compute-0-1")
 PARTIES = (FRONTEND, OPERATOR, NAS, OTHER_NAS, VM, OTHER_VM)
-OP = new_op_id()
-CLI = new_cli_key()
+OP = op_id("op-" + "a" * 13)
+CLI = "cli." + "a" * 26  # constants: pytest-xdist needs the same tests in each worker
 
 TRAFFIC = [
     (OPERATOR, REQUESTS, request_key(FRONTEND), [FRONTEND]),
@@ -130,6 +130,12 @@ def test_only_its_sender_may_publish_it_and_is_believed(
             assert allowed
         elif exchange != REPLIES:  # anybody whom a NAS or the frontend can ask may answer it
             assert not allowed
+
+
+def test_fresh_words_are_as_the_patterns_want_them() -> None:
+    assert re.fullmatch(WORDS["op"], new_op_id())
+    assert re.fullmatch(rf"cli\.{WORDS['token']}", new_cli_key())
+    assert new_cli_key() != new_cli_key()
 
 
 def test_a_message_without_a_sender_is_not_believed() -> None:
