@@ -124,7 +124,7 @@ def read_header(path: Path | str) -> Header:
 
 
 def refuse_foreign(path: Path | str, header: Header, *, allowed: int) -> None:
-    """Raise ``bad_image`` for an image that needs other files or a key, or has incompatible features not ``allowed``."""
+    """Raise ``bad_image`` for an image that needs other files or a key, or incompatible features not ``allowed``."""
     if header.backing:
         raise _bad(path, "it has a backing file")
     if header.encrypted:

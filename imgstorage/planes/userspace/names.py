@@ -39,7 +39,8 @@ class TargetName:
     attempt: int | None
 
 
-def _short(container: HostName) -> str:
+def short(container: HostName) -> str:
+    """What stands for a container in the name of a target."""
     return hashlib.sha256(container.encode()).hexdigest()[:6]
 
 
@@ -56,12 +57,12 @@ def initiator_name(container: HostName) -> str:
 
 def target_name(nas: HostName, volume: VolumeName, generation: Generation, container: HostName) -> str:
     """The target of one grant, for one container. Raises ``bad_name`` if it would be too long."""
-    return _checked(f"{IQN_PREFIX}{nas}-{volume}:{generation}.{_short(container)}")
+    return _checked(f"{IQN_PREFIX}{nas}-{volume}:{generation}.{short(container)}")
 
 
 def return_name(nas: HostName, volume: VolumeName, generation: Generation, container: HostName, attempt: int) -> str:
     """The target of one attempt of a grant's way back. Raises ``bad_name`` if it would be too long."""
-    tail = f"r{generation.counter}-{generation.grant}.{_short(container)}.{attempt}"
+    tail = f"r{generation.counter}-{generation.grant}.{short(container)}.{attempt}"
     return _checked(f"{IQN_PREFIX}{nas}-{volume}:{tail}")
 
 

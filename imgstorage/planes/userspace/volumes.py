@@ -147,7 +147,7 @@ class Volumes:
         if old is not None and older(stamp.generation, old.stamp.generation):
             raise ImgStorageError(
                 "stale_generation",
-                f"{stamp.volume} was granted as {old.stamp.generation} already, which {stamp.generation} is not newer than",
+                f"{stamp.volume} was granted as {old.stamp.generation} already, not as {stamp.generation}",
             )
         sidecar.save(path, sidecar.renewed(old, stamp, now))
 
