@@ -47,6 +47,7 @@ def recover(holding: Holding, *, fuse: bool) -> None:
         record = holding.known
         holding.end_strays()
         holding.set_runtime(transfer=None)
+        holding.clear_unfinished()
         if record.phase in state.OFFERED:
             ensure_served(holding, fuse=fuse)
             if record.phase is CopyPhase.LOCAL:

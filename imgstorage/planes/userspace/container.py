@@ -31,7 +31,7 @@ from imgstorage.planes.userspace import (
     state,
     warm,
 )
-from imgstorage.planes.userspace.holding import Holding
+from imgstorage.planes.userspace.holding import Copying, Holding
 from imgstorage.planes.userspace.settings import ContainerSettings
 from imgstorage.planes.userspace.state import CopyPhase, CopyRecord, Seen
 
@@ -239,6 +239,7 @@ class UserspaceContainer:
         old = holding.record
         warm_start = old is not None and old.base_complete and warm.usable(old, grant.volume)
         pool = None if grant.mode is Mode.DIRECT else self._choose(grant.remote_pool)
+        holding.hydrating, holding.returning = Copying(), Copying()
         holding.begin(
             CopyRecord(
                 phase=CopyPhase.PREPARING,
@@ -256,8 +257,7 @@ class UserspaceContainer:
         """
         self._see(holding.uuid, Seen(generation=holding.known.grant.generation))
         care.end_all(holding, force=True)
-        for entry in holding.folder.glob(f"{state.NEW_BASE_PREFIX}*"):
-            entry.unlink()
+        holding.clear_unfinished()
         if not holding.known.base_complete:
             holding.base.unlink(missing_ok=True)
 

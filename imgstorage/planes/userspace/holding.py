@@ -195,6 +195,12 @@ class Holding:
                 with contextlib.suppress(OSError):
                     entry.unlink()
 
+    def clear_unfinished(self) -> None:
+        """Remove what was being made, and never got its name."""
+        for prefix in (state.NEW_BASE_PREFIX, files.TMP_PREFIX):
+            for entry in self.folder.glob(f"{prefix}*"):
+                entry.unlink(missing_ok=True)
+
     def clear_run_files(self, suffix: str, keep: str) -> None:
         """Remove sockets of earlier incarnations."""
         for entry in self.run_folder.glob(f"*{suffix}"):
