@@ -193,6 +193,11 @@ class NasPlane(Protocol):
         """Bring up (or adopt) what exports need: the target daemon. Raises ``tool_missing``, ``failed``."""
         ...
 
+    def tend(self) -> bool:
+        """One round of care, called on a timer: see that the target daemon runs. True if it had to be started:
+        every live grant has to be exported again."""
+        ...
+
     def stop(self) -> None:
         """End everything this plane runs. Only for ``sandbox down`` and tests: never at a daemon's stop."""
         ...

@@ -15,25 +15,34 @@ from imgstorage.planes.userspace.settings import ContainerSettings
 from imgstorage.store.container import ContainerStore
 
 
+def plane(config: ContainerConfig) -> UserspaceContainer:
+    """The data plane that the configuration names."""
+    return UserspaceContainer(
+        ContainerSettings(
+            host=config.host,
+            state_dir=config.state_dir,
+            run_dir=config.run_dir,
+            pools=config.pools,
+            default_pool=config.default_pool,
+            fuse=config.fuse,
+            copy_speed_bytes_s=config.copy_speed_bytes_s,
+            watermark_bytes=config.watermark_bytes,
+        )
+    )
+
+
 def build(config: DaemonConfig, world: World) -> ContainerEngine:
     """The container's engine on its plane. Raises ImgStorageError."""
     assert isinstance(config, ContainerConfig)  # noqa: S101
-    settings = ContainerSettings(
-        host=config.host,
-        state_dir=config.state_dir,
-        run_dir=config.run_dir,
-        pools=config.pools,
-        default_pool=config.default_pool,
-        fuse=config.fuse,
-        copy_speed_bytes_s=config.copy_speed_bytes_s,
-        watermark_bytes=config.watermark_bytes,
-    )
-    return ContainerEngine(world, ContainerStore(config.state_dir / "container.db"), UserspaceContainer(settings))
+    return ContainerEngine(world, ContainerStore(config.state_dir / "container.db"), plane(config))
 
 
-PROGRAM = process.Program(
-    "img-storage-vm", "vm.conf", load_container, lambda config: topology.container(config.host), build
-)
+def party(config: DaemonConfig) -> topology.Party:
+    """Who this daemon is on the bus."""
+    return topology.container(config.host)
+
+
+PROGRAM = process.Program("img-storage-vm", "vm.conf", load_container, party, build)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,9 +27,12 @@ def build(config: DaemonConfig, world: World) -> Coordinator:
     return Coordinator(world, store, config.img_sync)
 
 
-PROGRAM = process.Program(
-    "img-storage-frontend", "frontend.conf", load_frontend, lambda _config: topology.FRONTEND, build
-)
+def party(_config: DaemonConfig) -> topology.Party:
+    """Who this daemon is on the bus."""
+    return topology.FRONTEND
+
+
+PROGRAM = process.Program("img-storage-frontend", "frontend.conf", load_frontend, party, build)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

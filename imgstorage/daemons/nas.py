@@ -14,17 +14,23 @@ from imgstorage.planes.userspace.nas import NasSettings, UserspaceNas
 from imgstorage.store.nas import NasStore
 
 
+def plane(config: NasConfig) -> UserspaceNas:
+    """The data plane that the configuration names."""
+    return UserspaceNas(
+        NasSettings(
+            state_dir=config.state_dir,
+            pools=config.pools,
+            import_dirs=config.import_dirs,
+            address=config.address,
+            port=config.port,
+        )
+    )
+
+
 def build(config: DaemonConfig, world: World) -> NasEngine:
     """The NAS's engine on its plane. Raises ImgStorageError."""
     assert isinstance(config, NasConfig)  # noqa: S101
-    settings = NasSettings(
-        state_dir=config.state_dir,
-        pools=config.pools,
-        import_dirs=config.import_dirs,
-        address=config.address,
-        port=config.port,
-    )
-    return NasEngine(world, NasStore(config.state_dir / "img_storage.db"), UserspaceNas(settings))
+    return NasEngine(world, NasStore(config.state_dir / "img_storage.db"), plane(config))
 
 
 def party(config: DaemonConfig) -> topology.Party:

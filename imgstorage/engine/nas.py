@@ -192,7 +192,7 @@ class NasEngine:
     def _look(self) -> None:
         """Compare what should be exported with what is, on a timer."""
         try:
-            self._plane.start()
+            self._plane.tend()
             self._compare()
             self._tell_releases()
             self._alarms.pop("targets", None)

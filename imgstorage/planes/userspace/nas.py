@@ -66,6 +66,11 @@ class UserspaceNas:
 
     # -- the plane itself ------------------------------------------------------------------------------------
 
+    @property
+    def control_socket(self) -> Path:
+        """What ``TGT_IPC_SOCKET`` has to be for tgtadm to reach this NAS's target daemon."""
+        return self._settings.state_dir / "ctl"
+
     def start(self) -> None:
         """As :meth:`NasPlane.start`. Raises ``conflict`` too, if the portal is taken."""
         for program in PROGRAMS:
@@ -73,8 +78,8 @@ class UserspaceNas:
         self._volumes.sweep()
         self._targets.ensure()
 
-    def ensure_target(self) -> bool:
-        """See that the target daemon runs; True if it had to be started, so that every live grant has to be
+    def tend(self) -> bool:
+        """As :meth:`NasPlane.tend`: see that the target daemon runs; True if it had to be started, so that every live grant has to be
         exported again. Call it on a timer."""
         return self._targets.ensure()
 
