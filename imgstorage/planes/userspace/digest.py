@@ -2,62 +2,110 @@
 
 Rules
 * Only the top layer counts: the backing is left closed, and what the layer does not have is not in the digest.
-* A run is ``data`` if the layer stores bytes for it, else ``zero`` (allocated as zeros: it hides the backing).
-  Stored bytes that happen to be zeros are data: some file systems turn them into holes, and qemu then reports
-  zero *and* data; the flag ``data`` alone decides, so the digest does not depend on the file system.
-* Adjacent runs of one kind are one run.
-* The digest is SHA-256 over two SHA-256 sums: of the disk's size and all runs (start, length, kind), and of the
-  bytes of the data runs in order. The runs fix where each byte belongs.
+* Allocated as zeros, or stored bytes that are zeros, are the same: both hide the backing and read as zeros. A
+  faithful copy may turn one into the other: blockdev-mirror (QEMU 7.2) writes zeros as data unless they fill
+  whole clusters of its target, and some file systems turn stored zeros into holes.
+* The digest is SHA-256 over two SHA-256 sums: of the disk's size and the ranges that the layer has (adjacent ones
+  merged); and of every window of 1 MiB of the disk that has bytes other than zero: its number, and the SHA-256 of
+  the bytes that the layer has in it. So a large run of zeros costs nothing.
 * Bytes go through one fixed buffer. Not through a mapping of the file: there a medium error or a truncated file
   is a SIGBUS that ends the daemon; here it is an error of one volume.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.tools import qemu_img
 
-BUFFER_BYTES = 1 << 20
-_RUN = struct.Struct(">QQB")
-_ZERO, _DATA = 0, 1
+WINDOW_BYTES = 1 << 20
+_RANGE = struct.Struct(">QQ")
+_NUMBER = struct.Struct(">Q")
 
 
-def _runs(extents: list[qemu_img.Extent]) -> Iterator[tuple[int, int, int]]:
-    """(start, length, kind) of what is present, adjacent ones of a kind merged."""
+@functools.lru_cache(maxsize=4096)
+def _of_zeros(length: int) -> bytes:
+    return hashlib.sha256(bytes(length)).digest()
+
+
+class _Windows:
+    """The sum over all windows that are not zeros; fed in the order of the disk."""
+
+    def __init__(self) -> None:
+        self._sum = hashlib.sha256()
+        self._number = -1
+        self._length = 0
+        self._inner = hashlib.sha256()
+
+    def feed(self, number: int, part: memoryview) -> None:
+        """Bytes that follow in a window."""
+        if number != self._number:
+            self.flush()
+            self._number = number
+        self._inner.update(part)
+        self._length += len(part)
+
+    def flush(self) -> None:
+        """End the window that is under way."""
+        if self._length and (inner := self._inner.digest()) != _of_zeros(self._length):
+            self._sum.update(_NUMBER.pack(self._number) + inner)
+        self._inner, self._length = hashlib.sha256(), 0
+
+    def digest(self) -> bytes:
+        """The sum, after the last window."""
+        self.flush()
+        return self._sum.digest()
+
+
+def _ranges(extents: Iterable[qemu_img.Extent]) -> Iterator[tuple[int, int]]:
+    """(start, length) of what is present, adjacent ones merged."""
     start = length = 0
-    kind = -1
     for extent in extents:
         if not extent.present:
             continue
-        this = _DATA if extent.data else _ZERO
-        if this == kind and start + length == extent.start:
+        if length and start + length == extent.start:
             length += extent.length
             continue
         if length:
-            yield start, length, kind
-        start, length, kind = extent.start, extent.length, this
+            yield start, length
+        start, length = extent.start, extent.length
     if length:
-        yield start, length, kind
+        yield start, length
 
 
-def _feed(digest: hashlib._Hash, fd: int, offset: int, length: int, view: memoryview) -> None:
-    """Hash ``length`` bytes of a file from ``offset``; beyond its end it reads as zeros, as qemu sees it."""
-    while length:
-        part = view[: min(length, BUFFER_BYTES)]
-        got = os.preadv(fd, [part], offset)
+def _read(fd: int, offset: int, view: memoryview) -> None:
+    """Fill ``view`` from a file; what is beyond the file's end reads as zeros, as qemu sees it."""
+    while len(view):
+        got = os.preadv(fd, [view], offset)
         if got == 0:
-            part[:] = bytes(len(part))
-            got = len(part)
-        digest.update(part[:got])
+            view[:] = bytes(len(view))
+            return
         offset += got
-        length -= got
+        view = view[got:]
+
+
+def _feed(windows: _Windows, extent: qemu_img.Extent, fd: int, buffer: memoryview, zeros: memoryview) -> None:
+    position, end = extent.start, extent.start + extent.length
+    while position < end:
+        number, into = divmod(position, WINDOW_BYTES)
+        if not extent.data and into == 0 and end - position >= WINDOW_BYTES:
+            position = end - end % WINDOW_BYTES  # whole windows of zeros are not in the sum
+            continue
+        length = min(end - position, WINDOW_BYTES - into)
+        if extent.data:
+            part = buffer[:length]
+            _read(fd, (extent.offset or 0) + position - extent.start, part)
+        else:
+            part = zeros[:length]
+        windows.feed(number, part)
+        position += length
 
 
 def layer_digest(path: Path | str, *, force_share: bool = False) -> str:
@@ -68,20 +116,21 @@ def layer_digest(path: Path | str, *, force_share: bool = False) -> str:
     """
     extents = qemu_img.map_extents(qemu_img.node(path, "qcow2", read_only=True), force_share=force_share)
     size = extents[-1].start + extents[-1].length if extents else 0
-    runs = hashlib.sha256(struct.pack(">Q", size))
-    for run in _runs(extents):
-        runs.update(_RUN.pack(*run))
-    data = hashlib.sha256()
+    ranges = hashlib.sha256(_NUMBER.pack(size))
+    for one in _ranges(extents):
+        ranges.update(_RANGE.pack(*one))
+    windows = _Windows()
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        with mmap.mmap(-1, BUFFER_BYTES) as buffer, memoryview(buffer) as view:
+        with mmap.mmap(-1, WINDOW_BYTES) as memory, memoryview(memory) as buffer:
+            zeros = memoryview(bytes(WINDOW_BYTES))
             for extent in extents:
-                if not (extent.present and extent.data):
+                if not extent.present:
                     continue
-                if extent.offset is None:
+                if extent.data and extent.offset is None:
                     raise ImgStorageError("bad_image", f"{path} has compressed clusters")
-                _feed(data, fd, extent.offset, extent.length, view)
+                _feed(windows, extent, fd, buffer, zeros)
     finally:
         os.close(fd)
-    return hashlib.sha256(runs.digest() + data.digest()).hexdigest()
+    return hashlib.sha256(ranges.digest() + windows.digest()).hexdigest()
