@@ -128,7 +128,8 @@ class Driver:
         for op, milestone in decision.told:
             error = _why(event, decision) if milestone in (Milestone.FAILED, Milestone.CANCELLED) else None
             self._book.reach(op, milestone, decision.note, device=after.device, error=error)
-        if after.op and after.op not in [op for op, _milestone in decision.told]:
+        moved = after.phase is not before.phase or bool(decision.steps)
+        if after.op and moved and after.op not in [op for op, _milestone in decision.told]:
             self._book.note(after.op, decision.note)
 
     def _pause(self, volume: VolumeUuid, step: Step) -> float:
