@@ -59,6 +59,7 @@ class Client:
         self._bindings: list[tuple[str, str]] = []
         self._replies: list[Delivery] = []
         self._events: list[Delivery] = []
+        self._unroutable = False
         self.reply_key = new_cli_key()
 
     def __enter__(self) -> Client:
@@ -66,7 +67,7 @@ class Client:
         try:
             with self._errors("broker_unreachable"):
                 self._channel = self._connection.channel()
-                self._channel.confirm_delivery()
+                self._channel.add_on_return_callback(self._came_back)
                 self._queue = self._channel.queue_declare("", exclusive=True, auto_delete=True).method.queue
                 self._bind(REPLIES, self.reply_key)
                 self._channel.basic_consume(self._queue, self._received, auto_ack=True, exclusive=True)
@@ -130,6 +131,8 @@ class Client:
             user_id=self._login[0], correlation_id=correlation, reply_to=self.reply_key, delivery_mode=2
         )
         until = time.monotonic() + timeout_s
+        self._unroutable = False
+        # No confirm: pika would wait for it without a deadline. The answer, or the message's return, tells as much.
         with self._errors("broker_unreachable"):
             self._channel.basic_publish(REQUESTS, request_key(FRONTEND), body, properties, mandatory=True)
         while True:
@@ -137,6 +140,8 @@ class Client:
                 if reply.correlation == correlation:
                     self._replies.clear()
                     return reply
+            if self._unroutable:
+                raise ImgStorageError("unreachable", "the frontend is not connected")
             self._wait(until, "the frontend did not answer in time")
 
     def follow(self, op: OpId) -> None:
@@ -175,6 +180,9 @@ class Client:
         self._bindings.append((exchange, key))
         self._channel.queue_bind(self._queue, exchange, key)
 
+    def _came_back(self, *_: Any) -> None:
+        self._unroutable = True
+
     def _received(self, _: Any, method: Any, properties: Any, body: bytes) -> None:
         delivery = Delivery(
             exchange=method.exchange,
@@ -197,6 +205,8 @@ class Client:
             raise ImgStorageError("timeout", late)
         with self._errors("timeout"):
             self._connection.process_data_events(time_limit=left_s)
+        if not self._channel.is_open:
+            raise ImgStorageError("failed", "the message broker refused the request")
 
     def _errors(self, code: str) -> _Errors:
         return _Errors(code)
@@ -216,12 +226,8 @@ class _Errors:
     ) -> None:
         import pika.exceptions as known
 
-        if isinstance(error, known.UnroutableError):
-            raise ImgStorageError("unreachable", "the frontend is not connected") from error
         if isinstance(error, known.ChannelClosedByBroker):
             code = "not_allowed" if error.reply_code == 403 else "failed"
             raise ImgStorageError(code, f"the message broker refused: {why(error)}") from error
-        if isinstance(error, known.NackError):
-            raise ImgStorageError("failed", "the message broker did not take the request") from error
         if isinstance(error, (known.AMQPError, OSError)):
             raise ImgStorageError(self._code, f"the connection to the message broker was lost: {why(error)}") from error

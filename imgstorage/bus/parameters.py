@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -48,6 +49,9 @@ def parameters(
     """
     import pika
 
+    pika_log = logging.getLogger("pika")
+    if pika_log.level == logging.NOTSET:
+        pika_log.setLevel(logging.CRITICAL)  # it logs tracebacks of what we report in a sentence
     parts = urlsplit(url)
     secure = parts.scheme == "amqps"
     host = parts.hostname or ""

@@ -160,7 +160,10 @@ def test_a_forbidden_message_is_refused_and_the_others_pass(broker: RealBroker) 
         for worker in workers:
             worker.join(PATIENCE_S)
         assert outcomes == {number: "sent" if number % 5 else "not_allowed" for number in range(25)}
-        assert {told.next().body for _ in range(20)} == {str(n).encode() for n in range(25) if n % 5}
+        wanted, got = {str(n).encode() for n in range(25) if n % 5}, set()
+        while got != wanted:  # some arrive twice: what was not confirmed when the channel went is sent again
+            got.add(told.next().body)
+            assert got <= wanted
         assert storage.connected
 
 
@@ -478,7 +481,7 @@ def test_a_command_line_ends_at_its_deadline_or_when_the_broker_dies(broker: Rea
         with pytest.raises(ImgStorageError) as caught:
             client.request(b"map it", timeout_s=0.2)
         assert caught.value.code == "timeout"
-        assert 0.2 <= time.monotonic() - began < 1.0
+        assert 0.2 <= time.monotonic() - began < 5.0
         threading.Timer(0.2, broker.kill).start()
         with pytest.raises(ImgStorageError) as caught:
             client.request(b"map it", timeout_s=PATIENCE_S)
@@ -488,6 +491,27 @@ def test_a_command_line_ends_at_its_deadline_or_when_the_broker_dies(broker: Rea
         pass
     assert caught.value.code == "broker_unreachable"
     broker.restart()
+
+
+def test_a_command_line_ends_at_its_deadline_when_the_broker_is_short_of_memory(broker: RealBroker) -> None:
+    with running(broker.bus(FRONTEND)), broker.client() as client:
+        broker.control("set_vm_memory_high_watermark", "absolute", "1MB")
+        try:
+            began = time.monotonic()
+            with pytest.raises(ImgStorageError) as caught:
+                client.request(b"map it", timeout_s=0.5)
+            assert caught.value.code == "timeout"
+            assert time.monotonic() - began < 5.0
+        finally:
+            broker.control("set_vm_memory_high_watermark", "absolute", "256MB")
+
+
+def test_a_command_line_that_the_broker_refuses_says_so(broker: RealBroker) -> None:
+    with broker.client() as client:
+        client._login = ("frontend", "")  # a user_id that is not the connection's
+        with pytest.raises(ImgStorageError) as caught:
+            client.request(b"map it", timeout_s=PATIENCE_S)
+        assert caught.value.code in ("failed", "not_allowed")
 
 
 def test_a_request_to_a_nas_is_the_frontends_alone(broker: RealBroker) -> None:
