@@ -251,8 +251,11 @@ class NasPlane(Protocol):
         """
         ...
 
-    def unexport(self, volume: Volume, generation: Generation) -> None:
-        """Remove every target of this grant (whatever its sessions), and see that it is gone."""
+    def unexport(self, volume: Volume, generation: Generation, container: HostName | None = None) -> None:
+        """Remove every target of this grant (whatever its sessions), and see that it is gone.
+
+        With ``container`` only what that one was given: two containers share a volume during a live migration.
+        """
         ...
 
     def open_return(self, grant: Grant, kind: ReturnKind, attempt: int, secret: str) -> ReturnPort:

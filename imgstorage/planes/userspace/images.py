@@ -127,7 +127,7 @@ def dump(volumes: Volumes, volume: Volume, path: str, folders: Sequence[Path]) -
     target = folder / target.name
     if os.path.lexists(target):
         raise ImgStorageError("exists", f"{target} exists already")
-    source, _ = volumes.checked(volume)
+    source, _ = volumes.checked(volume, any_version=True)
     need_space(folder, source.stat().st_blocks * 512, f"the dump of {volume}")
     tmp = folder / f"{files.TMP_PREFIX}{secrets.token_hex(8)}"
     try:

@@ -165,8 +165,9 @@ class Volumes:
                     found.append(known.stamp)
         return found
 
-    def checked(self, volume: Volume) -> tuple[Path, Sidecar]:
-        """The file and the sidecar of a volume whose bytes are the stamped version.
+    def checked(self, volume: Volume, *, any_version: bool = False) -> tuple[Path, Sidecar]:
+        """The file and the sidecar of a volume whose bytes are the stamped version, which is the one that the
+        caller means, unless ``any_version`` will do.
 
         Raises ``not_found``, ``diverged``, ``corrupt``.
         """
@@ -181,7 +182,7 @@ class Volumes:
             )
         if known.file.size_bytes != volume.size_bytes:
             raise ImgStorageError("diverged", f"{volume} has {now.size_bytes} bytes, not {volume.size_bytes}")
-        if known.stamp.volume.version != volume.version:
+        if known.stamp.volume.version != volume.version and not any_version:
             raise ImgStorageError(
                 "diverged", f"{volume} has version {known.stamp.volume.version}, and {volume.version} was expected"
             )
