@@ -92,7 +92,8 @@ class UserspaceContainer:
             log.warning("volume %s is not served yet: %s", holding.uuid, error)
 
     def stop(self) -> None:
-        """See the protocol."""
+        """See the protocol. Whoever calls this need not have started: what runs is found by the records on disk."""
+        self._find_holdings()
         for holding in self._all():
             hydrate.cancel(holding)
             sendback.cancel(holding)
