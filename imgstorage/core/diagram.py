@@ -11,7 +11,7 @@ from imgstorage.core.mapping import PUBLIC, Mode
 
 HEAD = """# The state machine
 
-Drawn from the table in `imgstorage/core/machine.py` by `make docs`; do not edit.
+Drawn from the table in `imgstorage/core/rules.py` by `make docs`; do not edit.
 
 Four public states are derived from the phases: {states}.
 """

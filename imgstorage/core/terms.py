@@ -1,0 +1,89 @@
+"""The terms in which the state machine's table is written: steps, owners, what operations are told, conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from imgstorage.core import events as ev
+from imgstorage.core.mapping import Held, Mapping, Mode, Phase
+from imgstorage.core.operations import Milestone
+
+
+class Step(str, Enum):
+    """What a decision asks the engine to do. Each is idempotent; each ends in a result event or ``Failed``."""
+
+    EXPORT = "export"
+    UNEXPORT = "unexport"
+    OPEN_RETURN = "open_return"
+    VERIFY_RETURN = "verify_return"
+    APPLY_RETURN = "apply_return"
+    DROP_RETURN = "drop_return"
+    TELL_ATTACH = "tell_attach"
+    TELL_HYDRATE = "tell_hydrate"
+    TELL_SETTLE = "tell_settle"
+    TELL_DETACH = "tell_detach"
+    TELL_RETURN = "tell_return"
+    TELL_RELEASE = "tell_release"
+    EXPORT_SECOND = "export_second"
+    TELL_ATTACH_SECOND = "tell_attach_second"
+    TELL_DETACH_LEAVING = "tell_detach_leaving"
+    UNEXPORT_LEAVING = "unexport_leaving"
+    AGAIN = "again"  # in a rule: the step that failed, after a pause
+
+
+class Owner(str, Enum):
+    """How a rule changes which operation drives the mapping."""
+
+    KEEP = "keep"
+    TAKE = "take"  # the event's operation drives from now on
+    DEFER = "defer"  # the event's unmap waits
+    NEXT = "next"  # the unmap that waited drives now
+    BACK = "back"  # the operation that made the mapping drives again
+    NOBODY = "nobody"
+
+
+@dataclass(frozen=True)
+class Tell:
+    """Tell an operation (the one in this field of the mapping, or the event's) that it reached a milestone."""
+
+    who: str
+    milestone: Milestone
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the table. ``to`` None = stay; ``refuse`` = the error code the asker gets."""
+
+    to: Phase | None = None
+    steps: tuple[Step, ...] = ()
+    note: str = ""
+    when: str = ""
+    owner: Owner = Owner.KEEP
+    tell: tuple[Tell, ...] = ()
+    fresh: bool = False  # a new attempt of the way back
+    refuse: str = ""
+
+
+CONDITIONS: dict[str, Callable[[Mapping, ev.Event], bool]] = {
+    "direct": lambda m, e: m.mode is Mode.DIRECT,
+    "same request": lambda m, e: isinstance(e, ev.Map) and (m.container, m.mode) == (e.container, e.mode),
+    "no unmap yet": lambda m, e: m.op == m.map_op,
+    "unmap waits": lambda m, e: m.unmap_op is not None,
+    "nothing handed out": lambda m, e: m.held is Held.NOTHING,
+    "holds the whole volume": lambda m, e: isinstance(e, ev.Detached) and e.holds is Held.LOCAL,
+    "holds an overlay": lambda m, e: isinstance(e, ev.Detached) and e.holds is Held.OVERLAY,
+    "never used": lambda m, e: m.held in (Held.NOTHING, Held.MAYBE),
+    "verified": lambda m, e: m.verified is not None,
+    "never delivered": lambda m, e: isinstance(e, ev.Failed) and e.undelivered and e.step == Step.TELL_ATTACH,
+    "for good": lambda m, e: isinstance(e, ev.Failed) and e.permanent,
+    "diverged": lambda m, e: isinstance(e, ev.Failed) and e.code == "diverged",
+    "does not compare": lambda m, e: isinstance(e, ev.Failed) and e.code == "verify_failed",
+    "in use, direct": lambda m, e: isinstance(e, ev.Failed) and e.code == "in_use" and m.mode is Mode.DIRECT,
+    "in use, copying": lambda m, e: isinstance(e, ev.Failed) and e.code == "in_use" and m.held is Held.OVERLAY,
+    "in use, local": lambda m, e: isinstance(e, ev.Failed) and e.code == "in_use" and m.held is Held.LOCAL,
+    "shared already": lambda m, e: isinstance(e, ev.Share) and e.container in (m.container, m.second),
+    "one of the two": lambda m, e: isinstance(e, ev.Unshare) and e.container in (m.container, m.second),
+    "one leaves": lambda m, e: m.leaving is not None,
+}
