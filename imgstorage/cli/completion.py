@@ -1,6 +1,6 @@
 """Completion for bash and zsh: words from the verbs; hosts and volumes by asking, if that is answered at once.
 
-The shells' scripts call ``imgstorage _complete WORD…`` with the words up to the cursor, the last one unfinished, and
+The shells' scripts call ``imgstorage _complete -- WORD…`` with the words up to the cursor, the last one unfinished, and
 get one candidate a line. Nothing is ever said on stderr, and nothing takes longer than ``PATIENCE_S``.
 """
 
@@ -24,7 +24,7 @@ _imgstorage() {
     [[ $line == *[[:space:]] ]] && words+=("")
     current=${words[-1]}
     local IFS=$'\\n'
-    COMPREPLY=($(imgstorage _complete "${words[@]:1}" 2>/dev/null))
+    COMPREPLY=($(imgstorage _complete -- "${words[@]:1}" 2>/dev/null))
     # Readline replaces only what follows the last = or : of the word.
     local prefix=${current%"${current##*[=:]}"}
     COMPREPLY=("${COMPREPLY[@]#"$prefix"}")
@@ -39,7 +39,7 @@ ZSH = """#compdef imgstorage
 # zsh completion for imgstorage
 _imgstorage() {
     local -a found
-    found=("${(@f)$(imgstorage _complete "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    found=("${(@f)$(imgstorage _complete -- "${(@)words[2,CURRENT]}" 2>/dev/null)}")
     compadd -S '' -- ${(M)found:#*=}
     compadd -- ${found:#*=}
 }

@@ -7,7 +7,6 @@ code has advice of its own for the errors that bring none. The exit status is th
 from __future__ import annotations
 
 import sys
-import traceback
 
 from imgstorage.cli.grammar import UsageError
 from imgstorage.core.errors import ImgStorageError
@@ -79,6 +78,8 @@ def report(error: ImgStorageError, *, debug: bool = False, nas: str = "") -> int
             say(f"usage: {error.usage}")
     say(f"try: {error.hint or ADVICE[error.code].format(nas=nas or 'NAS')}")
     if debug:
+        import traceback
+
         traceback.print_exception(error, file=sys.stderr)
     return error.exit_status
 

@@ -182,7 +182,7 @@ class _Reader:
             if self._is_option(token):
                 if self._option(token):
                     return Version()
-            elif token == "help" and not self._positional:  # noqa: S105
+            elif token == "help" and not self._positional and not self._ended:  # noqa: S105
                 self._help = True
             elif verb is None and (word := self._word(token)):
                 self._words = (*self._words, word)
@@ -262,7 +262,7 @@ class _Reader:
             self._parameter(verb, parameter[1], parameter[2])
             return
         self._positional.append(token)
-        if verb.verbatim and len(self._positional) == len(verb.arguments) - 1:
+        if verb.verbatim and len(self._positional) >= len(verb.arguments) - 1:
             self._positional += self._left[1:] if self._left[:1] == ["--"] else self._left
             self._left.clear()
 

@@ -9,7 +9,7 @@ from imgstorage.cli.grammar import Help, Verb, starting_with
 
 WIDTH = 80
 FOOT = (
-    "Parameters are name=value, after the arguments. '{prog} COMMAND help' tells more.",
+    "Parameters are name=value, after the words. '{prog} COMMAND help' says more.",
     "-C FILE, --config FILE   --json   --debug   -h, --help   --version",
 )
 OPTIONS = (

@@ -86,7 +86,8 @@ VERBS = (
     ),
     Verb(
         words=("list", "host", "storagedev"),
-        summary="the devices of VM containers",
+        summary="devices of containers",
+        text="Shows the devices of VM containers: what each is made of, and how far its merge is.",
         handler="imgstorage.cli.storagedev:list_devices",
         arguments=(CONTAINERS,),
         parameters=TABLE,
@@ -142,6 +143,7 @@ VERBS = (
     Verb(
         words=("list", "host", "storageimg"),
         summary="the volumes of NAS hosts",
+        text="Shows the volumes of NAS hosts, mapped or not.",
         handler="imgstorage.cli.storageimg:list_images",
         arguments=(NASES,),
         parameters=TABLE,
@@ -164,14 +166,16 @@ VERBS = (
     ),
     Verb(
         words=("remove", "host", "storageimg"),
-        summary="remove a volume (to the trash)",
+        summary="move a volume to trash",
+        text="Moves an unmapped volume to the NAS's trash, where it stays for the time that the NAS is configured for.",
         handler="imgstorage.cli.storageimg:remove",
         arguments=(NAS, ZPOOL, VOLUME),
         examples=("remove host storageimg nas-0-0 tank vol1",),
     ),
     Verb(
         words=("list", "host"),
-        summary="hosts, and who is connected",
+        summary="hosts, and which answer",
+        text="Shows the hosts that the frontend knows, and which of their daemons are connected.",
         handler="imgstorage.cli.hosts:list_hosts",
         parameters=TABLE,
         columns="imgstorage.cli.hosts:COLUMNS",
@@ -193,23 +197,26 @@ VERBS = (
     ),
     Verb(
         words=("sandbox", "up"),
-        summary="start a cluster on this machine",
+        summary="start a cluster here",
         text="Starts a message broker, a frontend, a NAS and VM containers on this machine, all on loopback; without "
         "other configuration, commands then speak to the sandbox that was started last.",
         handler="imgstorage.cli.sandboxes:run",
         parameters=(
-            DIR, Parameter(name="hosts", value="FILE", help="which hosts it has", default="one NAS, two containers"),
+            DIR, Parameter(name="hosts", value="FILE|guide", help="which hosts it has; guide: those of the user guide",
+                default="one NAS, two containers"),
         ),
     ),
     Verb(
         words=("sandbox", "status"),
         summary="what of it runs",
+        text="Shows the daemons of the sandbox, and which of them run.",
         handler="imgstorage.cli.sandboxes:run",
         parameters=(DIR,),
     ),
     Verb(
         words=("sandbox", "logs"),
         summary="what its daemons say",
+        text="Shows the last lines of its daemons' logs.",
         handler="imgstorage.cli.sandboxes:run",
         arguments=(Argument(name="HOST", help="whose logs; all if none is named", many=True),),
         parameters=(
@@ -218,8 +225,9 @@ VERBS = (
     ),
     Verb(
         words=("sandbox", "exec"),
-        summary="run a command on a host of it",
-        text="What follows HOST is the command, and is not read any further; parameters stand before HOST.",
+        summary="run a command on a host",
+        text="Runs a command as on a host of the sandbox. What follows HOST is the command, and is not read any "
+        "further; parameters stand before HOST.",
         handler="imgstorage.cli.sandboxes:run",
         arguments=(
             Argument(name="HOST", help="the host"),
@@ -231,14 +239,15 @@ VERBS = (
     ),
     Verb(
         words=("sandbox", "down"),
-        summary="stop it, keeping its state",
+        summary="stop it, keep its state",
+        text="Stops everything of the sandbox. Volumes, mappings and what containers hold stay, for the next up.",
         handler="imgstorage.cli.sandboxes:run",
         parameters=(DIR,),
     ),
     Verb(
         words=("completion",),
         summary="completion for a shell",
-        text="Prints a script to source.",
+        text="Prints a script that makes the shell complete commands, hosts and volumes; to be sourced.",
         handler="imgstorage.cli.completion:script",
         arguments=(Argument(name="SHELL", help="the shell", choices=("bash", "zsh")),),
         examples=("completion bash > ~/.local/share/bash-completion/completions/imgstorage",),
