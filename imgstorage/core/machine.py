@@ -99,7 +99,8 @@ def _apply(rule: Rule, mapping: Mapping, event: ev.Event) -> Decision:
         if rule.to is not None:
             after = replace(after, phase=rule.to)
         if after.phase is Phase.IDLE:
-            after = Mapping(volume=mapping.volume, generation=mapping.generation)
+            # the attempt stays, so that what belonged to it is known as late
+            after = Mapping(volume=mapping.volume, generation=mapping.generation, attempt=mapping.attempt)
     subject = replace(after, container=after.container or mapping.container)
     note = rule.note.format(m=subject, e=event)
     if rule.to is Phase.QUARANTINED:
@@ -121,9 +122,12 @@ def _absorbed(rule: Rule, mapping: Mapping, event: ev.Event) -> Mapping:
     if rule.fresh and not isinstance(event, ev.Failed):
         after = replace(after, verified=None)
     match event:
+        case ev.Failed() if mapping.phase is Phase.QUARANTINED:
+            return after  # why it is quarantined matters more
         case ev.Failed():
-            held = Held.NOTHING if rule.when == "never delivered" else after.held
-            return replace(after, error=event.message, held=held)
+            # what is in use was attached, although nobody heard of it; a direct device has nothing the NAS has not
+            proven = {"never delivered": Held.NOTHING, "lost, direct": Held.NOTHING, "in use, copying": Held.OVERLAY}
+            return replace(after, error=event.message, held=proven.get(rule.when, after.held))
         case ev.Map() if mapping.phase is Phase.IDLE:
             return Mapping(volume=mapping.volume, mode=event.mode, container=event.container,
                            remote_pool=event.remote_pool, generation=event.generation, map_op=event.op)  # fmt: skip
@@ -169,6 +173,6 @@ def _owned(rule: Rule, mapping: Mapping, event: ev.Event) -> Mapping:
         case Owner.BACK:
             return replace(mapping, op=mapping.map_op, force=False)
         case Owner.NOBODY:
-            return replace(mapping, op=None, force=False)
+            return replace(mapping, op=None, unmap_op=None, force=False)
         case Owner.KEEP:
             return mapping

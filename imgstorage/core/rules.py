@@ -19,6 +19,7 @@ from imgstorage.core.terms import Owner, Rule, Step, Tell
 P, S, M = Phase, Step, Milestone
 
 FAILS = Tell("op", M.FAILED)
+ALL_FAIL = (FAILS, Tell("map_op", M.FAILED), Tell("unmap_op", M.FAILED))
 Spec = tuple[tuple[Phase, ...], type[ev.Event], Rule]
 
 
@@ -30,7 +31,10 @@ def _rule(phases: Phase | tuple[Phase, ...], event: type[ev.Event], **rule: obje
 BUSY_GOING = (P.DETACHING, P.FOLDING, P.WRITING_BACK, P.APPLYING)
 USED = (P.ATTACHED, P.HYDRATING, P.MERGING, P.LOCAL, P.PULLING)
 COMING_BACK = (P.FOLDING, P.WRITING_BACK)
+GOING = (P.DETACHING, *COMING_BACK)
 RETURNING = (P.PULLING, P.FOLDING, P.WRITING_BACK)
+HELD = (P.HYDRATING, P.MERGING, P.LOCAL, P.PULLING)
+AFTER_ALL = (Tell("op", M.CANCELLED), Tell("map_op", M.CANCELLED), Tell("unmap_op", M.LET_GO))
 STARTING = (P.EXPORTING, P.ATTACHING)
 
 # Each group answers one question; within a phase and event the first rule whose condition holds is taken.
@@ -49,15 +53,17 @@ COMMON: tuple[Spec, ...] = (
           tell=(Tell("op", M.CANCELLED), Tell("event", M.ACCEPTED)), note="unmap cancels the map"),
     _rule(P.ATTACHING, ev.Unmap, to=P.DETACHING, steps=(S.TELL_DETACH,), owner=Owner.TAKE,
           tell=(Tell("op", M.CANCELLED), Tell("event", M.ACCEPTED)), note="unmap cancels the map"),
-    _rule(P.DETACHING, ev.Unmap, when="no unmap yet", owner=Owner.TAKE, tell=(Tell("event", M.ACCEPTED),),
+    _rule(BUSY_GOING, ev.Unmap, when="no unmap yet", owner=Owner.TAKE, tell=(Tell("event", M.ACCEPTED),),
           note="already being taken back"),
     _rule(BUSY_GOING, ev.Unmap, note="already being unmapped"),
     _rule(P.QUARANTINED, ev.Unmap, refuse="quarantined", note="quarantined: {m.error}"),
-    _rule(P.DETACHING, ev.Unexported, to=P.IDLE, owner=Owner.NOBODY, tell=(Tell("op", M.DONE),),
-          note="unmapped from {m.container}"),
+    _rule(P.DETACHING, ev.Unexported, when="nothing handed out", to=P.IDLE, owner=Owner.NOBODY,
+          tell=(Tell("op", M.DONE),), note="unmapped from {m.container}"),
+    # a target that was not needed any more is gone: what the container holds is not thereby back
+    _rule(P.DETACHING, ev.Unexported, note="unexported; {m.container} has not let go yet"),
     # -- a start that does not work out: what the container may hold decides who is asked to let go
-    _rule(STARTING, ev.Failed, when="diverged", to=P.QUARANTINED, owner=Owner.NOBODY, tell=(FAILS,),
-          note="quarantined: {e.message}"),
+    _rule(STARTING, ev.Failed, when="diverged", to=P.QUARANTINED, steps=(S.UNEXPORT,), owner=Owner.NOBODY,
+          tell=ALL_FAIL, note="quarantined: {e.message}"),
     _rule(P.ATTACHING, ev.Failed, when="never delivered", to=P.DETACHING, steps=(S.UNEXPORT,), tell=(FAILS,),
           note="{m.container} cannot be reached: the map is taken back"),
     _rule(P.EXPORTING, ev.Failed, when="for good", to=P.DETACHING, steps=(S.UNEXPORT,), tell=(FAILS,),
@@ -69,7 +75,8 @@ COMMON: tuple[Spec, ...] = (
     _rule(P.ATTACHING, ev.TimedOut, to=P.DETACHING, steps=(S.TELL_DETACH,), tell=(FAILS,),
           note="not attached in time: the map is taken back"),
     # -- whatever was under way when a daemon, a target or a host restarted is asked for again
-    _rule((P.IDLE, P.QUARANTINED), ev.Restarted, note="at rest"),
+    _rule(P.IDLE, ev.Restarted, note="at rest"),
+    _rule(P.QUARANTINED, ev.Restarted, steps=(S.UNEXPORT,), note="quarantined: {m.error}"),
     _rule(P.EXPORTING, ev.Restarted, steps=(S.EXPORT,), note="exports again"),
     _rule(P.ATTACHING, ev.Restarted, steps=(S.EXPORT, S.TELL_ATTACH), note="asks {m.container} again to attach"),
     _rule(P.DETACHING, ev.Restarted, when="nothing handed out", steps=(S.UNEXPORT,), note="unexports again"),
@@ -83,6 +90,9 @@ DIRECT: tuple[Spec, ...] = (
           tell=(Tell("event", M.ACCEPTED),), note="asks {m.container} to let go"),
     _rule(P.DETACHING, ev.Detached, steps=(S.UNEXPORT,), tell=(Tell("op", M.LET_GO),),
           note="{m.container} has let go"),
+    _rule(P.ATTACHED, ev.Detached, to=P.DETACHING, steps=(S.UNEXPORT,), note="{m.container} has let go after all"),
+    _rule(P.DETACHING, ev.Failed, when="lost, direct", steps=(S.UNEXPORT,), tell=(Tell("op", M.LET_GO),),
+          note="{m.container} no longer knows the device: its target is removed"),
     _rule(P.DETACHING, ev.Failed, when="in use, direct", to=P.ATTACHED, owner=Owner.NOBODY, tell=(FAILS,),
           note="still in use: {e.message}"),
     _rule((P.ATTACHED, P.SHARING), ev.Pull, note="direct: every write is on the NAS already"),
@@ -99,7 +109,7 @@ DIRECT: tuple[Spec, ...] = (
           note="in use on {m.container} and {m.second}"),
     _rule(P.SHARING, ev.Unshare, when="one leaves", refuse="busy", note="{m.leaving} is leaving already"),
     _rule(P.SHARING, ev.Unshare, when="one of the two", steps=(S.TELL_DETACH_LEAVING,), owner=Owner.TAKE,
-          tell=(Tell("event", M.ACCEPTED),), note="asks {m.leaving} to let go"),
+          tell=(Tell("op", M.CANCELLED), Tell("event", M.ACCEPTED)), note="asks {m.leaving} to let go"),
     _rule(P.SHARING, ev.Unshare, refuse="conflict", note="{e.container} is none of {m.container}, {m.second}"),
     _rule(P.SHARING, ev.Unmap, refuse="ambiguous", note="name one of {m.container}, {m.second}"),
     _rule(P.SHARING, ev.LeavingDetached, steps=(S.UNEXPORT_LEAVING,), note="{m.leaving} has let go"),
@@ -123,6 +133,7 @@ SYNC: tuple[Spec, ...] = (
     # -- unmap
     _rule((P.HYDRATING, P.LOCAL), ev.Unmap, to=P.DETACHING, steps=(S.TELL_DETACH,), owner=Owner.TAKE,
           tell=(Tell("event", M.ACCEPTED),), note="asks {m.container} to let go"),
+    _rule((P.MERGING, P.PULLING), ev.Unmap, when="unmap waits", note="already being unmapped"),
     _rule(P.MERGING, ev.Unmap, owner=Owner.DEFER, tell=(Tell("event", M.ACCEPTED),),
           note="unmap waits for the merge"),
     _rule(P.PULLING, ev.Unmap, when="verified", owner=Owner.DEFER, tell=(Tell("event", M.ACCEPTED),),
@@ -138,7 +149,17 @@ SYNC: tuple[Spec, ...] = (
           note="{m.container} has let go in mid-copy; what was written there comes back"),
     _rule(P.DETACHING, ev.Detached, when="never used", steps=(S.UNEXPORT,), tell=(Tell("op", M.LET_GO),),
           note="{m.container} holds nothing"),
-    _rule(P.DETACHING, ev.Detached, to=P.QUARANTINED, owner=Owner.NOBODY, tell=(FAILS,),
+    _rule(P.DETACHING, ev.Detached, to=P.QUARANTINED, steps=(S.UNEXPORT,), owner=Owner.NOBODY, tell=ALL_FAIL,
+          note="{m.container} no longer knows the copy it was given"),
+    _rule(GOING, ev.Failed, when="lost", to=P.QUARANTINED, steps=(S.UNEXPORT,), owner=Owner.NOBODY, tell=ALL_FAIL,
+          note="quarantined: {e.message}"),
+    # it said "in use", and had let go when it was asked once more: it never takes the same grant again
+    _rule(P.PULLING, ev.Detached, when="verified", note="{m.container} has let go; the pull is applied first"),
+    _rule(HELD, ev.Detached, when="holds the whole volume", to=P.WRITING_BACK, steps=(S.UNEXPORT, S.OPEN_RETURN),
+          fresh=True, owner=Owner.NEXT, tell=AFTER_ALL, note="{m.container} has let go after all"),
+    _rule(HELD, ev.Detached, when="holds an overlay", to=P.FOLDING, steps=(S.UNEXPORT, S.OPEN_RETURN),
+          fresh=True, owner=Owner.NEXT, tell=AFTER_ALL, note="{m.container} has let go after all"),
+    _rule(HELD, ev.Detached, to=P.QUARANTINED, steps=(S.UNEXPORT,), owner=Owner.NOBODY, tell=ALL_FAIL,
           note="{m.container} no longer knows the copy it was given"),
     _rule(P.DETACHING, ev.Failed, when="in use, copying", to=P.HYDRATING, steps=(S.TELL_HYDRATE,),
           owner=Owner.BACK, tell=(FAILS,), note="still in use: {e.message}"),
@@ -159,8 +180,8 @@ SYNC: tuple[Spec, ...] = (
           owner=Owner.NEXT, tell=(Tell("op", M.DONE),), note="pulled; the unmap that waited goes on"),
     _rule(P.PULLING, ev.Applied, to=P.LOCAL, steps=(S.TELL_RELEASE,), owner=Owner.NOBODY,
           tell=(Tell("op", M.DONE),), note="pulled; the NAS has it"),
-    _rule((*RETURNING, P.APPLYING), ev.Failed, when="diverged", to=P.QUARANTINED, owner=Owner.NOBODY,
-          tell=(FAILS,), note="quarantined: {e.message}"),
+    _rule((*RETURNING, P.APPLYING), ev.Failed, when="diverged", to=P.QUARANTINED, steps=(S.UNEXPORT,),
+          owner=Owner.NOBODY, tell=ALL_FAIL, note="quarantined: {e.message}"),
     _rule(RETURNING, ev.Failed, when="does not compare", steps=(S.DROP_RETURN, S.OPEN_RETURN), fresh=True,
           note="sent again: {e.message}"),
     # -- restarts
@@ -169,7 +190,10 @@ SYNC: tuple[Spec, ...] = (
     _rule(P.LOCAL, ev.Restarted, steps=(S.UNEXPORT,), note="local on {m.container}"),
     _rule(P.PULLING, ev.Restarted, when="verified", steps=(S.APPLY_RETURN,), note="applies again"),
     _rule(RETURNING, ev.Restarted, steps=(S.UNEXPORT, S.OPEN_RETURN), note="ready again to receive"),
-    _rule(P.DETACHING, ev.Restarted, steps=(S.TELL_DETACH,), note="asks {m.container} again to let go"),
+    _rule(P.DETACHING, ev.Restarted, when="holds it all", steps=(S.TELL_DETACH,),
+          note="asks {m.container} again to let go"),
+    # what is not copied yet may have to be read to let go
+    _rule(P.DETACHING, ev.Restarted, steps=(S.EXPORT, S.TELL_DETACH), note="asks {m.container} again to let go"),
     _rule(P.APPLYING, ev.Restarted, steps=(S.APPLY_RETURN,), note="applies again"),
 )
 
@@ -186,7 +210,7 @@ REST = (
           note="not quarantined"),
     # a step that nobody waits for any more failed: reconcile cleans up what it left
     _rule((P.IDLE, P.ATTACHED, P.LOCAL), ev.Failed, steps=(S.AGAIN,), note="tried again: {e.message}"),
-    _rule(P.QUARANTINED, ev.Failed, note="quarantined: {m.error}"),
+    _rule(P.QUARANTINED, ev.Failed, steps=(S.AGAIN,), note="quarantined: {m.error}"),
     _rule((P.IDLE, P.ATTACHED, P.LOCAL, P.SHARING, P.QUARANTINED), ev.TimedOut, note="at rest"),
 )
 

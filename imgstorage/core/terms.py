@@ -66,10 +66,14 @@ class Rule:
     refuse: str = ""
 
 
+def _in_use(event: ev.Event) -> bool:
+    return isinstance(event, ev.Failed) and event.code == "in_use"
+
+
 CONDITIONS: dict[str, Callable[[Mapping, ev.Event], bool]] = {
     "direct": lambda m, e: m.mode is Mode.DIRECT,
     "same request": lambda m, e: isinstance(e, ev.Map) and (m.container, m.mode) == (e.container, e.mode),
-    "no unmap yet": lambda m, e: m.op == m.map_op,
+    "no unmap yet": lambda m, e: m.op in (None, m.map_op),
     "unmap waits": lambda m, e: m.unmap_op is not None,
     "nothing handed out": lambda m, e: m.held is Held.NOTHING,
     "holds the whole volume": lambda m, e: isinstance(e, ev.Detached) and e.holds is Held.LOCAL,
@@ -79,10 +83,13 @@ CONDITIONS: dict[str, Callable[[Mapping, ev.Event], bool]] = {
     "never delivered": lambda m, e: isinstance(e, ev.Failed) and e.undelivered and e.step == Step.TELL_ATTACH,
     "for good": lambda m, e: isinstance(e, ev.Failed) and e.permanent,
     "diverged": lambda m, e: isinstance(e, ev.Failed) and e.code == "diverged",
-    "does not compare": lambda m, e: isinstance(e, ev.Failed) and e.code == "verify_failed",
-    "in use, direct": lambda m, e: isinstance(e, ev.Failed) and e.code == "in_use" and m.mode is Mode.DIRECT,
-    "in use, copying": lambda m, e: isinstance(e, ev.Failed) and e.code == "in_use" and m.held is Held.OVERLAY,
-    "in use, local": lambda m, e: isinstance(e, ev.Failed) and e.code == "in_use" and m.held is Held.LOCAL,
+    "does not compare": lambda m, e: isinstance(e, ev.Failed) and e.code == "verify_failed" and m.verified is None,
+    "lost": lambda m, e: isinstance(e, ev.Failed) and e.code == "lost_copy",
+    "lost, direct": lambda m, e: isinstance(e, ev.Failed) and e.code == "lost_copy" and m.mode is Mode.DIRECT,
+    "holds it all": lambda m, e: m.held is Held.LOCAL,
+    "in use, direct": lambda m, e: _in_use(e) and m.mode is Mode.DIRECT and m.held is not Held.NOTHING,
+    "in use, copying": lambda m, e: _in_use(e) and m.held in (Held.MAYBE, Held.OVERLAY),
+    "in use, local": lambda m, e: _in_use(e) and m.held is Held.LOCAL,
     "shared already": lambda m, e: isinstance(e, ev.Share) and e.container in (m.container, m.second),
     "one of the two": lambda m, e: isinstance(e, ev.Unshare) and e.container in (m.container, m.second),
     "one leaves": lambda m, e: m.leaving is not None,
