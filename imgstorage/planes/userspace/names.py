@@ -6,7 +6,8 @@
 * The second target, of one attempt of a way back, ends in ``:r<counter>-<grant>.<c>.<attempt>``.
 * An IQN has at most 223 bytes (RFC 3720, 3.2.6.1). That is enough for 40 characters of NAS name with 128 of
   volume name; longer ones together are refused (``bad_name``).
-* Capitals and ``_`` in a volume's name are kept as they are: tgt and libiscsi compare bytes.
+* RFC 3722 allows letters, digits, ``-``, ``.`` and ``:``, and tgtd refuses anything else: a ``_`` in a volume's
+  name becomes ``-``. Capitals are kept as they are: tgt and libiscsi compare bytes.
 * tgt 1.0.85 keeps 36 characters of a LUN's serial; ours has 32, a hash of uuid, generation and purpose.
 """
 
@@ -50,6 +51,11 @@ def _checked(iqn: str) -> str:
     return iqn
 
 
+def in_iqn(volume: VolumeName) -> str:
+    """A volume's name as it is written in an IQN."""
+    return volume.replace("_", "-")
+
+
 def initiator_name(container: HostName) -> str:
     """The initiator name under which a container logs in."""
     return f"{IQN_PREFIX}{container}:init"
@@ -57,13 +63,13 @@ def initiator_name(container: HostName) -> str:
 
 def target_name(nas: HostName, volume: VolumeName, generation: Generation, container: HostName) -> str:
     """The target of one grant, for one container. Raises ``bad_name`` if it would be too long."""
-    return _checked(f"{IQN_PREFIX}{nas}-{volume}:{generation}.{short(container)}")
+    return _checked(f"{IQN_PREFIX}{nas}-{in_iqn(volume)}:{generation}.{short(container)}")
 
 
 def return_name(nas: HostName, volume: VolumeName, generation: Generation, container: HostName, attempt: int) -> str:
     """The target of one attempt of a grant's way back. Raises ``bad_name`` if it would be too long."""
     tail = f"r{generation.counter}-{generation.grant}.{short(container)}.{attempt}"
-    return _checked(f"{IQN_PREFIX}{nas}-{volume}:{tail}")
+    return _checked(f"{IQN_PREFIX}{nas}-{in_iqn(volume)}:{tail}")
 
 
 def parse_target(iqn: str) -> TargetName | None:

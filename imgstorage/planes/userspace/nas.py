@@ -79,8 +79,7 @@ class UserspaceNas:
         self._targets.ensure()
 
     def tend(self) -> bool:
-        """As :meth:`NasPlane.tend`: see that the target daemon runs; True if it had to be started, so that every live grant has to be
-        exported again. Call it on a timer."""
+        """As :meth:`NasPlane.tend`. A daemon that was killed, or that hangs, is started anew."""
         return self._targets.ensure()
 
     def stop(self) -> None:
@@ -155,6 +154,8 @@ class UserspaceNas:
         def check(seen: Sequence[Target]) -> list[Target]:
             return _superseded(grant, iqn, [target for target in seen if _path(target) == str(path)])
 
+        if portal.writable and not known.opened:
+            sidecar.save(path, replace(known, opened=True))
         self._targets.offer(self._offer(grant, portal, path), secret, check)
         return portal
 
@@ -170,7 +171,7 @@ class UserspaceNas:
                 return False
             backing = _path(target)
             if backing is None:  # made half: it has no LUN yet
-                return name.body.endswith(f"-{volume.name}")
+                return name.body.endswith(f"-{names.in_iqn(volume.name)}")
             return backing == str(path) or _is_delta_of(backing, path)
 
         self._targets.remove(of_grant)

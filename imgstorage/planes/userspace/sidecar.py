@@ -4,7 +4,8 @@
 
 * A stamp counts only for the file whose inode it names: a copy of both is not the volume.
 * At rest the file's size and mtime are those recorded, or somebody changed it. Two things may change it: a
-  writable grant (``mode`` is direct), and what came back being applied (``applying`` is its version).
+  writable export (``opened``, set before there is one), and what came back being applied (``applying`` is its
+  version).
 * A new stamp never hides a change: it carries over what was recorded, unless the old stamp allowed writing.
 """
 
@@ -35,16 +36,17 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sidecar:
-    """A stamp, the state of the file it was made for, and the version that is being applied ("" = none)."""
+    """A stamp, the state of the file it was made for, and what may have changed it since."""
 
     stamp: Stamp
     file: Identity
     applying: str = ""
+    opened: bool = False
 
     @property
     def may_change(self) -> bool:
         """Whether the file's bytes may legitimately change now."""
-        return bool(self.applying) or (self.stamp.mode is Mode.DIRECT and self.stamp.holder is not None)
+        return bool(self.applying) or self.opened
 
 
 def stamp_path(volume_file: Path) -> Path:
@@ -76,8 +78,8 @@ def save(volume_file: Path, sidecar: Sidecar) -> None:
 def renewed(old: Sidecar | None, stamp: Stamp, now: Identity) -> Sidecar:
     """The sidecar for a new stamp of a file that is ``now`` so.
 
-    A file that could be written under the old stamp is taken as it is, if it is still the same inode; else what
-    was recorded stays recorded. The parent of a new version is the old one, unless the stamp names it.
+    A file that was exported writable under the old stamp is taken as it is, if it is still the same inode; else
+    what was recorded stays recorded. The parent of a new version is the old one, unless the stamp names it.
     """
     if old is None or old.stamp.volume.uuid != stamp.volume.uuid:
         return Sidecar(stamp=stamp, file=Identity())
@@ -85,8 +87,9 @@ def renewed(old: Sidecar | None, stamp: Stamp, now: Identity) -> Sidecar:
         same = stamp.volume.version == old.stamp.volume.version
         parent = old.stamp.parent_version if same else old.stamp.volume.version
         stamp = replace(stamp, parent_version=parent)
-    seen = now if old.may_change and not old.applying and now.inode == old.file.inode else old.file
-    return Sidecar(stamp=stamp, file=seen, applying=old.applying)
+    seen = now if old.opened and not old.applying and now.inode == old.file.inode else old.file
+    still = old.opened and stamp.generation == old.stamp.generation and stamp.mode is Mode.DIRECT
+    return Sidecar(stamp=stamp, file=seen, applying=old.applying, opened=still)
 
 
 def changed(sidecar: Sidecar, now: Identity) -> str:
