@@ -121,12 +121,13 @@ def end(daemon: Daemon, deadline_s: float = QUIT_TIMEOUT_S) -> bool:
     """End a daemon, cleanly if it can be; False if it had to be killed. It is gone when this returns."""
     if not daemon.alive:
         return True
+    until = time.monotonic() + deadline_s
     try:
         with daemon.connect(deadline_s) as monitor:
             monitor.command("quit")
     except MonitorLost:
         pass  # quit may close the connection before it answers; whether it worked is seen below
-    if wait_gone(daemon.pid, deadline_s):
+    if wait_gone(daemon.pid, max(0.0, until - time.monotonic())):
         return True
     kill(daemon)
     return False

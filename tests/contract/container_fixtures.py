@@ -128,9 +128,13 @@ class World:
 
     def stamp(self, phase: str) -> None:
         """What the NAS's engine records before it tells a container anything, and when it is over."""
-        holder = HOST if phase != "idle" else None
+        used = phase != "idle"
         stamp = Stamp(
-            volume=self.grant.volume, generation=self.generation, holder=holder, mode=self.grant.mode, phase=phase
+            volume=self.grant.volume,
+            generation=self.generation,
+            holder=HOST if used else None,
+            mode=self.grant.mode if used else None,
+            phase=phase,
         )
         self.nas.stamp(stamp)
 
@@ -375,16 +379,52 @@ class Breaker:
         return self.restart()
 
 
+@pytest.fixture
+def pace() -> int:
+    """Bytes a second at which volumes are copied (0 = no limit); a test may set another."""
+    return 0
+
+
+@pytest.fixture
+def pool_bytes() -> int:
+    """The size of the container's pool (0 = the disk's); a test may set another."""
+    return 0
+
+
+@pytest.fixture
+def pool(tmp_path: Path, pool_bytes: int) -> Iterator[Path]:
+    """The container's pool: a folder, or a small file system of its own."""
+    folder = tmp_path / "tank"
+    folder.mkdir()
+    if not pool_bytes:
+        yield folder
+        return
+    try:
+        run(["mount", "-t", "tmpfs", "-o", f"size={pool_bytes}", "imgstorage-test", str(folder)])
+    except ImgStorageError as error:
+        pytest.skip(f"a small file system cannot be mounted here: {error}")
+    try:
+        yield folder
+    finally:
+        run(["umount", "-l", str(folder)])
+
+
 @pytest.fixture(params=["on", "off"], ids=["file", "nbd"])
-def breaker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Breaker]:
+def breaker(
+    request: pytest.FixtureRequest, tmp_path: Path, pool: Path, pool_bytes: int, pace: int
+) -> Iterator[Breaker]:
     run_dir = Path(tempfile.mkdtemp(prefix="ic-"))  # short: sockets are made in it
-    pool = tmp_path / "tank"
-    pool.mkdir()
     if request.param == "on" and not front.available(run_dir):
         shutil.rmtree(run_dir)
         pytest.skip("FUSE cannot be used here")
     settings = ContainerSettings(
-        host=HOST, state_dir=tmp_path / "state", run_dir=run_dir, pools={TANK: pool}, fuse=request.param
+        host=HOST,
+        state_dir=tmp_path / "state",
+        run_dir=run_dir,
+        pools={TANK: pool},
+        fuse=request.param,
+        copy_speed_bytes_s=pace,
+        watermark_bytes=pool_bytes // 4 or 64 << 20,
     )
     breaker = Breaker(UserspaceContainer(settings), settings)
     try:

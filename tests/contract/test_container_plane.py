@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -275,6 +276,60 @@ def test_a_killed_back_comes_back_and_keeps_every_flushed_write(world: World, br
     world.detach()
     world.write_back()
     world.assert_nas()
+
+
+@pytest.mark.parametrize("pace", [2 * MIB])
+def test_a_copy_killed_half_way_goes_on_by_itself(world: World, breaker: Breaker) -> None:
+    world.attach()
+    world.container.hydrate(world.uuid, world.generation)
+    with Writer(world) as writer:
+        for _ in range(2):
+            wait_for(lambda: world.progress().wire_bytes, "the copy runs")
+            breaker.back(world.uuid)
+            wait_for(world.container.tend, "it is noticed", deadline_s=1)
+            wait_for(lambda: world.container.tend() == [], "all is said")
+            writer.more(5)
+        wait_for(lambda: world.progress().state is CopyState.DONE, "the copy ends")
+    world.settle()
+    world.nas.unexport(world.grant.volume, world.generation)
+    world.assert_device()
+
+
+@pytest.mark.parametrize("pool_bytes", [96 * MIB])
+def test_writes_wait_while_the_pool_is_nearly_full(world: World, pool: Path) -> None:
+    world.attach()
+    guest = world.guest()
+    assert world.container.tend() == []
+    filler = pool / ".filler"
+    with open(filler, "wb") as out:
+        os.posix_fallocate(out.fileno(), 0, 76 * MIB)
+    (alarm,) = world.container.tend()
+    assert "tank" in alarm
+    assert "vol1" in alarm
+    assert world.container.tend() == []
+
+    done = threading.Event()
+
+    def write() -> None:
+        for offset in (MIB, 2 * MIB, 3 * MIB):  # the first may pass: a limit counts what was written before
+            assert guest.write(offset, 4096, 5)
+            world.model[offset : offset + 4096] = bytes([5]) * 4096
+        done.set()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    world.container.hydrate(world.uuid, world.generation)
+    assert not done.wait(0.7)
+    assert world.progress().state is CopyState.PAUSED
+    filler.unlink()
+    (relief,) = world.container.tend()
+    assert "again" in relief
+    assert done.wait(10)
+    thread.join()
+    assert world.container.tend() == []
+    world.hydrate()
+    world.settle()
+    world.assert_device()
 
 
 def test_a_killed_front_is_mended_alone(world: World, breaker: Breaker) -> None:

@@ -114,6 +114,9 @@ def watch_space(holding: Holding, free_bytes: int, pool_name: PoolName) -> str:
                 monitor.command("job-pause", {"id": chain.STREAM_JOB})
             elif job is not None and not low and job.status == "paused":
                 hydrate.resume(monitor, job)
+            wanted = not low and job is None and holding.hydrating.wanted
+        if wanted:
+            hydrate.start(holding)
     except ImgStorageError as error:
         return f"{holding.known.grant.volume.name}: {error}"
     finally:

@@ -32,6 +32,8 @@ WITHDRAW_TIMEOUT_S = 2.0
 FLUSH_TIMEOUT_S = 20.0
 EXPORT = "exp"
 STREAM_JOB = "sync"
+FLUSHED_QUIT_S = 2.0
+COPIES = (CopyPhase.SYNCING, CopyPhase.LOCAL)
 FREE, HELD_BACK = "free", "heldback"
 
 
@@ -225,14 +227,14 @@ def withdraw(holding: Holding) -> bool:
     return True
 
 
-def flush(holding: Holding) -> None:
-    """Make what the guest wrote durable through a connection of our own, as far as that works.
+def flush(holding: Holding) -> bool:
+    """End the export, and make what the guest wrote durable through a connection of our own; whether that worked.
 
     A daemon that waits for a NAS which is away does not end by itself; before it is killed, nothing that the
     overlay was given may be left in its memory.
     """
-    if holding.back is None or holding.known.pool is None:
-        return
+    if holding.back is None or holding.record is None or holding.record.phase not in COPIES:
+        return False
     with contextlib.suppress(ImgStorageError), holding.back.connect() as monitor:
         server = {"type": "unix", "path": holding.runtime.nbd}
         if EXPORT in storage_daemon.exports(monitor):
@@ -241,10 +243,13 @@ def flush(holding: Holding) -> None:
         monitor.command("block-export-add", export)
         options = qemu_img.pseudo({"driver": "nbd", "server": server, "export": "flush"})
         run(["qemu-io", "-c", "flush", options], timeout_s=FLUSH_TIMEOUT_S)
+        return True
+    return False
 
 
 def end_back(holding: Holding) -> None:
     """End the back daemon, flushing what it holds; nothing if there is none."""
     if holding.runtime.back is not None:
-        storage_daemon.end(holding.runtime.back)
+        hangs = holding.record is not None and holding.record.needs_nas and flush(holding)
+        storage_daemon.end(holding.runtime.back, FLUSHED_QUIT_S if hangs else storage_daemon.QUIT_TIMEOUT_S)
         holding.set_runtime(back=None)

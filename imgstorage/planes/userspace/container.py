@@ -352,8 +352,6 @@ class UserspaceContainer:
             if not force and not chain.withdraw(holding):
                 raise self._in_use(record, self._openers(holding) or ["a program that has just opened it"])
             hydrate.cancel(holding)
-            if record.needs_nas:
-                chain.flush(holding)
             chain.end_back(holding)
             self._see(volume, Seen(generation=generation, closed=True))
             if record.phase in (CopyPhase.DIRECT, CopyPhase.PREPARING):

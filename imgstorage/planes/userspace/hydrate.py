@@ -29,6 +29,7 @@ from imgstorage.tools.storage_daemon import Job
 log = logging.getLogger(__name__)
 
 LUN_EXPORT = "nas"
+POOL_FULL = "the pool is full"
 MAP_TIMEOUT_S = 600.0
 ZERO_REQUEST_BYTES = 1 << 30  # one request of QEMU is below 2 GiB
 
@@ -40,6 +41,9 @@ def start(holding: Holding) -> None:
         if record.phase is not CopyPhase.SYNCING:
             return
         holding.hydrating.wanted = True
+        if holding.paused:  # the pool has no room; care starts it when there is
+            holding.hydrating.progress = _told(holding, CopyState.PAUSED, POOL_FULL)
+            return
         if not chain.serving(holding):
             chain.reopen_back(holding)
         with chain.connect(holding) as monitor:
@@ -83,6 +87,10 @@ def _begin(holding: Holding, cancel: threading.Event) -> None:
             if cancel.is_set() or holding.known.phase is not CopyPhase.SYNCING:
                 return
             with chain.connect(holding) as monitor:
+                if holding.paused:
+                    copying = holding.hydrating
+                    copying.progress = _told(holding, CopyState.PAUSED, POOL_FULL)
+                    return
                 _insert_base(monitor, holding)
                 _stream(monitor, holding)
     except (ImgStorageError, OSError) as error:
@@ -198,7 +206,7 @@ def _of_job(job: Job, size: int, wire: int) -> Progress:
         return Progress(state=CopyState.DONE, done_bytes=size, total_bytes=size, wire_bytes=wire)
     now, reason = CopyState.RUNNING, ""
     if job.io_status == "nospace":
-        now, reason = CopyState.PAUSED, "the pool is full"
+        now, reason = CopyState.PAUSED, POOL_FULL
     elif job.io_status != "ok":
         now, reason = CopyState.FAILED, "the NAS could not be read"
     elif job.status == "paused":
