@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from imgstorage.core import events as ev
@@ -30,6 +30,8 @@ DEADLINE_S = 60.0
 """How long exporting and attaching may take together with their repetitions."""
 RETELL_S = 5.0
 """How long a container may be silent before it is told again."""
+DATABASE_PAUSE_S = 2.0
+"""After how long what could not be written down is tried again."""
 
 TRANSFERS = frozenset({Phase.HYDRATING, Phase.PULLING, Phase.FOLDING, Phase.WRITING_BACK})
 COPIES = TRANSFERS | {Phase.MERGING, Phase.APPLYING}
@@ -60,6 +62,21 @@ class Steps(Protocol):
         ...
 
 
+@dataclass
+class _Way:
+    """What this process alone knows of a mapping under way; forgotten once it is idle.
+
+    ``granted_here``: the grant's whole life was seen by this process. ``may_know``: the container may have been
+    told of it. Only if the first holds without the second is it certain that nobody else knows.
+    """
+
+    failures: dict[Step, int] = field(default_factory=dict)
+    turns: dict[Step, int] = field(default_factory=dict)
+    heard: float = 0.0
+    granted_here: bool = False
+    may_know: bool = False
+
+
 class Driver:
     """Drives the mappings of one NAS. Thread-safe."""
 
@@ -67,13 +84,7 @@ class Driver:
         self._records, self._book, self._clock, self._tasks = records, book, world.clock, world.tasks
         self._lock = threading.RLock()
         self._steps: Steps | None = None
-        self._failures: dict[tuple[VolumeUuid, Step], int] = {}
-        self._turn: dict[tuple[VolumeUuid, Step], int] = {}
-        self._heard: dict[VolumeUuid, float] = {}
-        # Grants whose whole life this process saw, and those of which the container may have been told: the
-        # difference is what nobody else can know of.
-        self._granted_here: set[tuple[VolumeUuid, Generation]] = set()
-        self._may_know: set[tuple[VolumeUuid, Generation]] = set()
+        self._ways: dict[VolumeUuid, _Way] = {}
 
     def use(self, steps: Steps) -> None:
         """Set who takes the steps; before anything happens."""
@@ -81,7 +92,14 @@ class Driver:
 
     def heard(self, volume: VolumeUuid) -> None:
         """The container gave a sign of life about this volume."""
-        self._heard[volume] = self._clock.now()
+        self._way(volume).heard = self._clock.now()
+
+    def _way(self, volume: VolumeUuid) -> _Way:
+        return self._ways.setdefault(volume, _Way())
+
+    def forget(self, volume: VolumeUuid) -> None:
+        """The volume is idle, or gone."""
+        self._ways.pop(volume, None)
 
     def happen(self, volume: VolumeUuid, event: ev.Event, also: Callable[[Decision], None] | None = None) -> Decision:
         """Take an event to the machine, commit what it leads to (after ``also``, in the same transaction), go on.
@@ -96,6 +114,10 @@ class Driver:
                     also(decision)
                 self._write(before, decision, event)
             log.info("%s: %s", volume, decision.note)
+            if decision.mapping.phase is not before.phase and Phase.IDLE in (before.phase, decision.mapping.phase):
+                self.forget(volume)
+            elif isinstance(event, ev.Result) and decision.mapping != before:
+                self._way(volume).failures.clear()
             for step in decision.steps:
                 again = isinstance(event, ev.Failed) and step == event.step
                 self._schedule(decision.mapping, step, self._pause(volume, step) if again else 0.0)
@@ -133,44 +155,58 @@ class Driver:
             self._book.note(after.op, decision.note)
 
     def _pause(self, volume: VolumeUuid, step: Step) -> float:
-        failures = self._failures.get((volume, step), 0)
-        self._failures[volume, step] = failures + 1
+        counts = self._way(volume).failures
+        failures = counts.get(step, 0)
+        counts[step] = failures + 1
         return min(FIRST_PAUSE_S * 2.0 ** min(failures, 10), LONGEST_PAUSE_S)
 
     def _schedule(self, mapping: Mapping, step: Step, delay_s: float = 0.0) -> None:
         """Have a step taken; a later call for the same step takes the place of one that still waits."""
-        turn = self._turn[mapping.volume, step] = self._turn.get((mapping.volume, step), 0) + 1
         volume, generation = mapping.volume, mapping.generation
-        self._tasks.run(f"volume:{volume}", lambda: self._take(volume, step, generation, turn), delay_s)
+        turns = self._way(volume).turns
+        turn = turns[step] = turns.get(step, 0) + 1
+        self._run(f"volume:{volume}", lambda: self._take(volume, step, generation, turn), delay_s)
+
+    def _run(self, key: str, work: Callable[[], None], delay_s: float) -> None:
+        """Run a task. All of them can be repeated, and are, while the database cannot be read or written."""
+
+        def attempt() -> None:
+            try:
+                work()
+            except ImgStorageError as error:
+                log.error("%s waits: %s", key, error)
+                self._tasks.run(key, attempt, DATABASE_PAUSE_S)
+
+        self._tasks.run(key, attempt, delay_s)
 
     def _current(self, volume: VolumeUuid, step: Step, generation: Generation, turn: int) -> Mapping | None:
         """The mapping, if the step is still asked for."""
         mapping = self._records.mapping(volume)
         wanted = mapping.generation == generation and mapping.phase in MAY_RUN[step]
-        return mapping if wanted and self._turn.get((volume, step)) == turn else None
+        way = self._ways.get(volume)
+        return mapping if wanted and way is not None and way.turns.get(step) == turn else None
 
     def _take(self, volume: VolumeUuid, step: Step, generation: Generation, turn: int) -> None:
         mapping = self._current(volume, step, generation, turn)
         if mapping is None or self._steps is None:
             return
-        grant = (volume, generation)
+        way = self._way(volume)
         try:
             event = self._steps.take(step, mapping)
         except ImgStorageError as error:
-            if error.code != "unreachable":
-                self._may_know.add(grant)
+            way.may_know = way.may_know or error.code != "unreachable"
             event = ev.Failed(step=step.value, code=error.code, message=str(error), permanent=not error.retry,
-                              undelivered=grant in self._granted_here - self._may_know)  # fmt: skip
+                              undelivered=way.granted_here and not way.may_know)  # fmt: skip
         except Exception as error:
-            self._may_know.add(grant)
+            way.may_know = True
             log.exception("%s of %s", step.value, volume)
             event = ev.Failed(step=step.value, code="internal", message=f"{type(error).__name__}: {error}")
         else:
-            self._failures.pop((volume, step), None)
-            if step is Step.EXPORT and mapping.phase is Phase.EXPORTING:
-                self._granted_here.add(grant)
-            if self._steps.told(step):
-                self._may_know.add(grant)
+            # a container that was told has not done it yet: only what it reports ends a row of failures
+            if not self._steps.told(step):
+                way.failures.pop(step, None)
+            way.granted_here = way.granted_here or (step is Step.EXPORT and mapping.phase is Phase.EXPORTING)
+            way.may_know = way.may_know or self._steps.told(step)
         self._result(volume, event, generation)
         if event is None and self._steps.told(step):
             self._watch_answer(mapping, step, turn)
@@ -191,13 +227,13 @@ class Driver:
             current = self._current(volume, step, generation, turn)
             if current is None or current.phase is not mapping.phase:
                 return
-            if self._heard.get(volume, 0.0) > told_at:
+            if self._way(volume).heard > told_at:
                 self._watch_answer(current, step, turn)
                 return
             self._result(volume, ev.Failed(step=step.value, code="timeout",
                                            message=f"no answer from {mapping.container}"), generation)  # fmt: skip
 
-        self._tasks.run(f"watch:{volume}", look, RETELL_S)
+        self._run(f"watch:{volume}", look, RETELL_S)
 
     def _watch_deadline(self, mapping: Mapping) -> None:
         if mapping.phase not in (Phase.EXPORTING, Phase.ATTACHING):
@@ -210,11 +246,11 @@ class Driver:
                 self._result(volume, ev.TimedOut(), generation)
 
         left = self._records.times(volume).since + DEADLINE_S - self._clock.now()
-        self._tasks.run(f"deadline:{volume}", passed, max(left, 0.0))
+        self._run(f"deadline:{volume}", passed, max(left, 0.0))
 
     def restarted(self, mapping: Mapping) -> None:
         """Something the mapping depends on came back: decide anew what is to be done."""
-        self._failures = {key: n for key, n in self._failures.items() if key[0] != mapping.volume}
+        self._way(mapping.volume).failures.clear()
         self._result(mapping.volume, ev.Restarted(), mapping.generation)
         self._watch_deadline(self._records.mapping(mapping.volume))
 
@@ -222,6 +258,8 @@ class Driver:
 def _why(event: ev.Event, decision: Decision) -> ImgStorageError:
     """The error that an operation ends with."""
     match event:
+        case ev.Detached() if decision.mapping.phase is Phase.QUARANTINED:
+            return ImgStorageError("lost_copy", decision.note)
         case ev.Failed():
             code = event.code if event.code in CODES else "failed"
             return ImgStorageError(code, event.message)

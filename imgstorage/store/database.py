@@ -6,6 +6,7 @@ begin with ``BEGIN IMMEDIATE``, since sqlite-utils' own begin deferred and would
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import threading
@@ -54,24 +55,43 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[None]:
-        """One transaction; nested blocks belong to the outermost."""
+        """One transaction; nested blocks belong to the outermost. Raises ``no_space``, ``corrupt``, ``failed``: then
+        nothing of it was written."""
         with self._lock:
             connection = self.db.conn
             if connection.in_transaction:
                 yield
                 return
-            connection.execute("BEGIN IMMEDIATE")
             try:
+                connection.execute("BEGIN IMMEDIATE")
                 yield
+                connection.execute("COMMIT")  # a full disk may show only here
+            except sqlite3.Error as error:
+                self._roll_back()
+                raise self._error(error) from error
             except BaseException:
-                connection.rollback()
+                self._roll_back()
                 raise
-            connection.execute("COMMIT")
+
+    def _roll_back(self) -> None:
+        """End the transaction if SQLite has not done so itself: what is written next must not join it."""
+        with contextlib.suppress(sqlite3.Error):
+            self.db.conn.rollback()
+
+    def _error(self, error: sqlite3.Error) -> ImgStorageError:
+        name = getattr(error, "sqlite_errorname", "")
+        if name == "SQLITE_FULL":
+            return ImgStorageError("no_space", f"the disk of the database {self.path} is full")
+        code = "corrupt" if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) else "failed"
+        return ImgStorageError(code, f"cannot use the database {self.path}: {error}")
 
     def rows(self, sql: str, *parameters: object) -> list[Row]:
-        """All rows of a query."""
+        """All rows of a query. Raises ImgStorageError if the file cannot be read."""
         with self._lock:
-            return list(self.db.query(sql, list(parameters)))
+            try:
+                return list(self.db.query(sql, list(parameters)))
+            except sqlite3.Error as error:
+                raise self._error(error) from error
 
     def row(self, sql: str, *parameters: object) -> Row | None:
         """The first row of a query."""
