@@ -99,24 +99,53 @@ def main(program: Program, argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         config = program.load(options.config)
+        pid_file = options.pid_file or config.pid_file
         if options.check:
             print(f"{options.config}: well")
             return 0
         with ExitStack() as stack:
             lock = _lock(config, program.name)
+            _can_write(config, pid_file)
             if options.daemon:
+                if config.log_file is None:
+                    hint = "name one: a detached daemon has no other place to say anything"
+                    raise ImgStorageError("bad_config", f"{options.config}: [daemon] log_file: is missing", hint=hint)
                 from daemon import DaemonContext  # python-daemon: threads and connections only inside it
 
-                out = stack.enter_context(open(config.log_file, "ab")) if config.log_file else None
+                out = stack.enter_context(open(config.log_file, "ab"))
                 stack.enter_context(
                     DaemonContext(files_preserve=[lock], stdout=out, stderr=out, umask=0o022, working_directory="/")
                 )
-            return _serve(program, config, options.pid_file or config.pid_file)
+            try:
+                status = _serve(program, config, pid_file)
+            except ImgStorageError as error:
+                status = _say(program, error)
+            # Threads in the middle of a step do not keep the process: the next start goes on with the step.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
     except ImgStorageError as error:
-        print(f"{program.name}: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"  try: {error.hint}", file=sys.stderr)
-        return error.exit_status
+        return _say(program, error)
+
+
+def _say(program: Program, error: ImgStorageError) -> int:
+    print(f"{program.name}: {error}", file=sys.stderr)
+    if error.hint:
+        print(f"  try: {error.hint}", file=sys.stderr)
+    return error.exit_status
+
+
+def _can_write(config: DaemonConfig, pid_file: Path | None) -> None:
+    """Find out before detaching whether log and pid file can be written. Raises ``bad_config``."""
+    for what, path in (("log_file", config.log_file), ("pid_file", pid_file)):
+        if path is None:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "ab"):
+                pass
+        except OSError as error:
+            raise ImgStorageError("bad_config", f"[daemon] {what}: cannot write {path}: {error.strerror}") from None
 
 
 def _lock(config: DaemonConfig, program: str) -> int:
@@ -150,7 +179,6 @@ def _serve(program: Program, config: DaemonConfig, pid_file: Path | None) -> int
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
     if pid_file:
-        pid_file.parent.mkdir(parents=True, exist_ok=True)
         pid_file.write_text(f"{os.getpid()}\n")
     log.info("%s %s on %s starts as pid %d", program.name, __version__, config.host, os.getpid())
     tasks = ThreadTasks()

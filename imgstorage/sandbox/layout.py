@@ -7,6 +7,9 @@ are lines of a file::
     compute-0-0  container  tank
 
 a name, a role and pools. The profile ``guide`` has the hosts of the user guide.
+
+Configuration files are written anew at every start of the broker. What somebody wants to add to a daemon's own
+section (``[nas]``, ``[container]``, ``[frontend]``) goes into a file ``local.conf`` in the host's folder.
 """
 
 from __future__ import annotations
@@ -192,6 +195,9 @@ class Layout:
                           f"port = {host.port}"]  # fmt: skip
             else:
                 lines += ["[container]", *pools, f"vm_container_zpool = {host.pools[0]}", f"run_dir = {host.run_dir}"]
+        local = folder / "local.conf"
+        if local.exists():
+            lines += ["# from local.conf", local.read_text()]
         write_private(self.config_of(host), "\n".join(lines) + "\n")
 
 

@@ -4,6 +4,8 @@
 use (about 4 s) and ended, with its epmd, when the session ends. It knows the frontend, the operators, two NAS and
 three container hosts (see ``HOSTS``); the password of each is ``broker.password(party)``. Tests share it, so they
 close what they open; a test that kills it starts it again before it ends (``broker.restart``).
+
+``cluster``: a whole sandbox of real daemons (``tests/cluster.py``).
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ from imgstorage.bus.topology import FRONTEND, OPERATOR, Party, bindings_of, cont
 from imgstorage.sandbox.broker import Broker, start_broker
 from imgstorage.tools import run
 from tests import leftovers
+from tests.cluster import _clusters, cluster, pytest_runtest_makereport
+
+__all__ = ["_clusters", "cluster", "pytest_runtest_makereport"]
 
 HOSTS = (
     nas("nas-0-0"),
