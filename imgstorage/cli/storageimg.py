@@ -90,7 +90,8 @@ def _run(call: Call, request: AddZvol | DelZvol | DumpZvol, line: str) -> int:
         operation = answer.operation
         print(line, flush=True)
         if answer.repeated:
-            say(f"{request.pool}/{request.volume}: {operation.note} ({operation.op})")
+            known = f" ({operation.op})" if operation.accepted_at else ""  # what was done already needed no operation
+            say(f"{request.pool}/{request.volume}: {operation.note}{known}")
         operation = door.wait(operation, Milestone.DONE if call.yes("wait", True) else Milestone.ACCEPTED, watch)
     if operation.ended:
         print("Success", flush=True)

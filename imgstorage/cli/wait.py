@@ -31,6 +31,7 @@ class Watch:
         self._began = self._said = time.monotonic()
         self._bar: tuple[Progress, TaskID] | None = None
         self._person = sys.stderr.isatty()
+        self._note = ""
 
     def __enter__(self) -> Watch:
         return self
@@ -58,12 +59,13 @@ class Watch:
         return f"{operation.op}: " + ", ".join(part for part in parts if part)
 
     def _draw(self, operation: Operation) -> None:
-        from rich.markup import escape
-
         progress, task = self._bar = self._bar or self._new_bar()
+        if operation.note != self._note:
+            self._note = operation.note
+            progress.console.print(clean(operation.note), style="dim", markup=False, highlight=False)
         if operation.done_bytes < progress.tasks[0].completed or operation.total_bytes != progress.tasks[0].total:
             progress.reset(task, total=operation.total_bytes or None)  # another copy began
-        progress.update(task, completed=operation.done_bytes, note=escape(clean(operation.note)))
+        progress.update(task, completed=operation.done_bytes)
         progress.refresh()
 
     def _new_bar(self) -> tuple[Progress, TaskID]:
@@ -77,20 +79,22 @@ class Watch:
             TimeRemainingColumn,
             TransferSpeedColumn,
         )
+        from rich.table import Column
+
+        whole = Column(no_wrap=True)
 
         progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TaskProgressColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+            BarColumn(bar_width=16),
+            TaskProgressColumn(table_column=whole),
+            DownloadColumn(binary_units=True, table_column=whole),
+            TransferSpeedColumn(table_column=whole),
+            TimeRemainingColumn(table_column=whole),
             console=Console(stderr=True),
             auto_refresh=False,
             transient=True,
             expand=False,
         )
-        task = progress.add_task(self._title, total=None, note="")
+        task = progress.add_task(self._title, total=None)
         progress.start()
         return progress, task
