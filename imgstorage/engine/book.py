@@ -66,7 +66,10 @@ class Book:
             hint=error.hint if error else operation.hint,
         )
         with self._lock:
-            live = self._live.pop(op, None) if operation.ended else self._live.get(op)
+            live = self._live.get(op)
+            if operation.ended:
+                self._live.pop(op, None)
+                self._told_at.pop(op, None)
         self._records.save_operation(_with_progress(operation, live) if live else operation)
         log.info("%s %s: %s", op, milestone.value, note)
         self.tell(op)
@@ -80,6 +83,9 @@ class Book:
 
     def progress(self, op: OpId, progress: Progress) -> None:
         """How far the copy of an operation is: kept in memory, told now and then."""
+        known = self._records.operation(op)
+        if known is None or known.ended:  # a late report would be remembered for ever
+            return
         now = self._clock.now()
         with self._lock:
             self._live[op] = progress

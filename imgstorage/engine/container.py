@@ -17,6 +17,7 @@ from typing import Any
 from imgstorage import __version__
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.machine import Step
+from imgstorage.core.mapping import Generation, Held
 from imgstorage.core.messages import (
     Attachable,
     AttachZvol,
@@ -45,7 +46,7 @@ from imgstorage.core.messages import (
     ZvolSettled,
     ZvolSynced,
 )
-from imgstorage.core.names import HostName, VolumeUuid
+from imgstorage.core.names import HostName, OpId, VolumeUuid
 from imgstorage.core.ports import ContainerPlane, CopyState, Progress
 from imgstorage.core.post import Letter
 from imgstorage.core.records import ContainerRecords, JournalLine, Seen
@@ -76,9 +77,11 @@ class ContainerEngine:
         self._host, self._post, self._clock, self._tasks = world.host, world.post, world.clock, world.tasks
         self._records, self._plane = records, plane
         self._lock = threading.Lock()
-        self._queued: set[tuple[VolumeUuid, type[Command], int]] = set()
+        self._queued: set[tuple[OpId, VolumeUuid, Generation, type[Command], int]] = set()
         self._turn: dict[VolumeUuid, int] = {}
         self._transfer_since: dict[VolumeUuid, float] = {}
+        self._refused: dict[VolumeUuid, StepFailed] = {}
+        self._attempts: dict[VolumeUuid, tuple[Generation, int]] = {}
         self._alarms: tuple[str, ...] = ()
         handlers: dict[type[Message], Handler] = {
             **dict.fromkeys(STEP_OF, self._command),
@@ -149,9 +152,15 @@ class ContainerEngine:
         """Take a command: refuse a stale one, write down what must not be forgotten, leave the work to a task."""
         nas = HostName(letter.host)
         with self._records.write():
-            if not self._admit(nas, command):
-                return None
-        key = (command.volume, type(command), command.attempt)
+            refusal = self._refusal(nas, command)
+            if refusal is None:
+                self._admit(nas, command)
+        if refusal is not None:
+            log.warning("stale: %s of %s for %s from %s", command.action, command.volume, command.generation, nas)
+            if isinstance(refusal, Report):
+                self._report(nas, refusal)
+            return None
+        key = (command.op, command.volume, command.generation, type(command), command.attempt)
         with self._lock:
             if key in self._queued:  # it was told again while it waits its turn: one report answers both
                 return None
@@ -160,42 +169,72 @@ class ContainerEngine:
         def work() -> None:
             with self._lock:
                 self._queued.discard(key)
-            self._carry_out(nas, command)
+            if self._refusal(nas, command) is None:  # what came before it in the queue may have closed the grant
+                self._carry_out(nas, command)
 
         self._tasks.run(f"volume:{command.volume}", work)
         return None
 
-    def _admit(self, nas: HostName, command: Command) -> bool:
+    def _refusal(self, nas: HostName, command: Command) -> Report | str | None:
+        """Why a command is not carried out: what the NAS has to be told, or "" if nothing; None if it is."""
         seen = self._records.seen(command.volume)
-        if seen is not None and seen.nas != nas:
+        if seen is None:
+            return None
+        if seen.nas != nas:
             log.warning("%s of %s from %s, but %s owns it", command.action, command.volume, nas, seen.nas)
+            return ""
+        about = _about(command)
+        if isinstance(command, ReleaseZvol) and command.generation.counter <= seen.generation.counter:
+            return None  # harmless at any time, and repeated until it is answered
+        if command.generation == seen.generation:
+            closed = seen.closed and isinstance(command, AttachZvol | SyncZvol | SettleZvol)
+            return "" if closed or self._overtaken(command) else None
+        if command.generation.counter > seen.generation.counter:
+            return None
+        # The copy of an older grant had to be gone before a newer one could come: there is nothing to let go.
+        # Anything else asked for under it is asked by somebody who does not know what was granted since.
+        if isinstance(command, DetachZvol):
+            return ZvolDetached(**about, holds=Held.NOTHING)
+        return StepFailed(
+            **about, step=STEP_OF[type(command)].value, code="stale_generation", retry=False,
+            message=f"{self._host} was granted the volume as {seen.generation}: {command.generation} is older",
+        )  # fmt: skip
+
+    def _overtaken(self, command: Command) -> bool:
+        """Whether a later attempt of the way back is known already."""
+        known = self._attempts.get(command.volume)
+        if not isinstance(command, ReturnZvol):
             return False
-        older = seen is not None and command.generation.counter < seen.generation.counter
-        other = seen is not None and command.generation.counter == seen.generation.counter
-        other = other and seen is not None and command.generation.grant != seen.generation.grant
-        closed = seen is not None and command.generation == seen.generation and seen.closed
-        if older or other or (closed and isinstance(command, AttachZvol | SyncZvol | SettleZvol)):
-            log.warning("stale: %s of %s for %s", command.action, command.volume, command.generation)
-            return False
-        closes = isinstance(command, DetachZvol)
-        if seen is None or seen.generation != command.generation:
+        if known is not None and known[0] == command.generation and command.port.attempt < known[1]:
+            return True
+        self._attempts[command.volume] = (command.generation, command.port.attempt)
+        return False
+
+    def _admit(self, nas: HostName, command: Command) -> None:
+        """Write down what must not be forgotten."""
+        seen = self._records.seen(command.volume)
+        if seen is None or seen.generation.counter < command.generation.counter:
             self._records.save_seen(Seen(volume=command.volume, generation=command.generation, nas=nas))
         self._records.log(JournalLine(
             at=self._clock.now(), volume=command.volume, op=command.op, event=command.action, before="",
-            after="detaching" if closes else "", note=f"{nas} asks for {command.action} as {command.generation}",
+            after="detaching" if isinstance(command, DetachZvol) else "",
+            note=f"{nas} asks for {command.action} as {command.generation}",
         ))  # fmt: skip
-        return True
 
     def _carry_out(self, nas: HostName, command: Command) -> None:
-        about: dict[str, Any] = {"op": command.op, "volume": command.volume, "generation": command.generation}
+        about = _about(command)
+        refused = self._refused.get(command.volume)
+        if isinstance(command, DetachZvol) and refused is not None and refused.op == command.op:
+            self._report(nas, refused)  # said once more, not tried once more: its user was told, and may have left
+            return
+        report: Report | None
         try:
             report = self._do(nas, command)
         except ImgStorageError as error:
             log.info("%s %s: %s", command.op, command.action, error)
-            report = StepFailed(
-                **about, step=STEP_OF[type(command)].value, code=error.code, message=str(error.at(self._host)),
-                retry=error.retry and error.code != "in_use",
-            )  # fmt: skip
+            report = self._failure(command, error)
+            if error.code == "in_use":
+                self._refused[command.volume] = report
         except Exception as error:
             log.exception("%s %s", command.op, command.action)
             report = StepFailed(
@@ -205,9 +244,15 @@ class ContainerEngine:
         if report is not None:
             self._report(nas, report)
 
+    def _failure(self, command: Command, error: ImgStorageError) -> StepFailed:
+        return StepFailed(
+            **_about(command), step=STEP_OF[type(command)].value, code=error.code, message=str(error.at(self._host)),
+            retry=error.retry and error.code != "in_use",
+        )  # fmt: skip
+
     def _do(self, nas: HostName, command: Command) -> Report | None:
         volume, generation = command.volume, command.generation
-        about: dict[str, Any] = {"op": command.op, "volume": volume, "generation": generation}
+        about = _about(command)
         match command:
             case AttachZvol():
                 device = self._plane.attach(command.grant)
@@ -225,6 +270,7 @@ class ContainerEngine:
                 seen = self._records.seen(volume)
                 if seen is not None and seen.generation == generation:
                     self._records.save_seen(replace(seen, closed=True))
+                self._refused.pop(volume, None)
                 return ZvolDetached(**about, holds=holds)
             case ReturnZvol():
                 self._plane.send_back(volume, generation, command.port)
@@ -235,7 +281,10 @@ class ContainerEngine:
                 )  # fmt: skip
                 return None
             case ReleaseZvol():
-                self._stop_following(volume)
+                seen = self._records.seen(volume)
+                if seen is not None and seen.generation == generation:
+                    self._stop_following(volume)
+                    self._attempts.pop(volume, None)
                 self._plane.release(volume, generation, command.version)
                 return ZvolReleased(**about)
         raise ImgStorageError("bad_message", f"{command.action} is not a command")
@@ -249,7 +298,7 @@ class ContainerEngine:
     def _follow(self, nas: HostName, command: Command, done: Callable[[Progress], Report]) -> None:
         turn = self._turn[command.volume] = self._turn.get(command.volume, 0) + 1
         self._transfer_since.setdefault(command.volume, self._clock.now())
-        about: dict[str, Any] = {"op": command.op, "volume": command.volume, "generation": command.generation}
+        about = _about(command)
         told_at = [0.0]
 
         def look(pause_s: float) -> None:
@@ -261,7 +310,9 @@ class ContainerEngine:
                 else:
                     progress = self._plane.progress(command.volume, command.generation)
             except ImgStorageError as error:
-                progress = Progress(state=CopyState.FAILED, reason=str(error))
+                self._stop_following(command.volume)
+                self._report(nas, self._failure(command, error))
+                return
             report: Report | None = None
             if progress.state is CopyState.DONE:
                 self._report(nas, ZvolProgress(**about, progress=progress))
@@ -292,3 +343,8 @@ class ContainerEngine:
                 log.info("%s not reported: %s", report.action, error)
 
         self._tasks.run(f"reports:{nas}", send)
+
+
+def _about(command: Command) -> dict[str, Any]:
+    """What every report on a command says."""
+    return {"op": command.op, "volume": command.volume, "generation": command.generation}

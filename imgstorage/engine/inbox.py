@@ -44,6 +44,9 @@ class Inbox:
         except IllegalEvent as error:
             log.warning("%s from %s: %s", message.action, letter.host or letter.role.value, error)
             answer = ErrorAnswer(code="conflict", message=str(error), host=self._host)
+        except Exception as error:
+            log.exception("%s from %s", message.action, letter.host or letter.role.value)
+            answer = ErrorAnswer(code="internal", message=f"{type(error).__name__}: {error}", host=self._host)
         if answer is not None and letter.answer_to:
             self.answer(letter, answer)
 

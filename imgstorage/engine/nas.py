@@ -13,7 +13,7 @@ from imgstorage import __version__
 from imgstorage.core import events as ev
 from imgstorage.core.errors import IllegalEvent, ImgStorageError
 from imgstorage.core.machine import Step
-from imgstorage.core.mapping import Mapping, Phase
+from imgstorage.core.mapping import Mapping, Phase, Volume
 from imgstorage.core.messages import (
     AddZvol,
     DelZvol,
@@ -47,7 +47,7 @@ from imgstorage.core.records import NasRecords
 from imgstorage.engine.book import Book
 from imgstorage.engine.driver import MAY_RUN, Driver
 from imgstorage.engine.inbox import Handler, Inbox
-from imgstorage.engine.nas_steps import NasSteps
+from imgstorage.engine.nas_steps import TOLD, NasSteps, driving
 from imgstorage.engine.requests import Requests
 from imgstorage.engine.world import World
 
@@ -61,6 +61,7 @@ REPORTS = (
     ZvolAttached, ZvolSynced, ZvolSettled, ZvolDetached, ZvolReturned, ZvolProgress, ZvolReleased, StepFailed,
 )  # fmt: skip
 RECEIVING = MAY_RUN[Step.OPEN_RETURN]
+STEPS = frozenset(step.value for step in TOLD)
 
 
 class NasEngine:
@@ -121,6 +122,9 @@ class NasEngine:
         if letter.host not in holders or report.generation != mapping.generation:
             log.warning("stale: %s of %s from %s for %s", report.action, report.volume, letter.host, report.generation)
             return None
+        if isinstance(report, StepFailed) and report.op != driving(mapping):
+            log.info("late: %s failed on %s under %s: %s", report.step, letter.host, report.op, report.message)
+            return None
         self._driver.heard(report.volume)
         if isinstance(report, ZvolProgress):
             self._note_progress(mapping, report.progress)
@@ -142,9 +146,9 @@ class NasEngine:
             case ZvolDetached():
                 return ev.Detached(holds=report.holds)
             case ZvolReturned():
-                self._steps.received(report.volume, report.attempt, report.digest)
+                self._steps.received(report.volume, report.generation, report.attempt, report.digest)
                 return ev.Returned(attempt=report.attempt, digest=report.digest)
-            case StepFailed():
+            case StepFailed() if report.step in STEPS:
                 return ev.Failed(step=Step(report.step).value, code=report.code, message=report.message,
                                  permanent=not report.retry)  # fmt: skip
         raise ImgStorageError("bad_message", f"{report.action} says nothing of a mapping")
@@ -216,17 +220,35 @@ class NasEngine:
             if mapping.phase is not Phase.EXPORTING and any(iqn not in seen for iqn in iqns):
                 log.warning("a target of %s is gone: made again", mapping.volume)
                 self._driver.restarted(mapping)
-        owned = {str(mapping.generation) for mapping in self._records.mappings()}
+        mappings = self._records.mappings()
+        self._forget_idle({mapping.volume for mapping in mappings})
+        owned = {str(mapping.generation) for mapping in mappings}
         for iqn, export in seen.items():
             if iqn not in wanted and export.generation is not None and export.generation not in owned:
                 self._unexport_orphan(export.volume_name, export.generation)
 
+    def _forget_idle(self, mapped: set[VolumeUuid]) -> None:
+        for volume in list(self._progress):
+            if volume not in mapped:
+                self._progress.pop(volume, None)
+        for volume in self._steps.remembered() - mapped:
+            self._steps.forget(volume)
+
     def _unexport_orphan(self, name: str, generation: str) -> None:
-        for volume in self._records.volumes_called(name):  # type: ignore[arg-type]
+        """Remove what an idle volume's last grant left, in the volume's turn: it may be granted again meanwhile."""
+
+        def remove(volume: Volume) -> None:
             mapping = self._records.mapping(volume.uuid)
             if mapping.phase is Phase.IDLE and str(mapping.generation) == generation:
                 log.warning("a target of %s that nobody owns any more is removed", volume)
-                self._plane.unexport(volume, mapping.generation)
+                try:
+                    self._plane.unexport(volume, mapping.generation)
+                    self._records.save_portal(volume.uuid, None)
+                except ImgStorageError as error:  # looked at again on the timer
+                    log.error("a target of %s cannot be removed: %s", volume, error)
+
+        for volume in self._records.volumes_called(name):  # type: ignore[arg-type]
+            self._tasks.run(f"volume:{volume.uuid}", lambda volume=volume: remove(volume))  # type: ignore[misc]
 
     # -- what is shown
 

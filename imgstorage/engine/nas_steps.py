@@ -9,7 +9,7 @@ from typing import Any
 from imgstorage.core import events as ev
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.machine import Step
-from imgstorage.core.mapping import Mapping, Mode, Phase, Volume
+from imgstorage.core.mapping import Generation, Held, Mapping, Mode, Phase, Volume
 from imgstorage.core.messages import AttachZvol, Command, DetachZvol, ReturnZvol, SettleZvol, SyncZvol
 from imgstorage.core.names import HostName, OpId, VolumeUuid
 from imgstorage.core.ports import Grant, NasPlane, ReturnKind, ReturnPort, Stamp
@@ -30,12 +30,21 @@ class NasSteps:
     def __init__(self, world: World, records: NasRecords, plane: NasPlane, released: Callable[[], None]) -> None:
         self._host, self._post, self._records, self._plane = world.host, world.post, records, plane
         self._released = released
-        self._digests: dict[tuple[VolumeUuid, int], str] = {}
+        self._digests: dict[VolumeUuid, tuple[Generation, int, str]] = {}
         self.ports: dict[VolumeUuid, ReturnPort] = {}
 
-    def received(self, volume: VolumeUuid, attempt: int, digest: str) -> None:
-        """The container says what the NAS has to find in what was sent."""
-        self._digests[volume, attempt] = digest
+    def received(self, volume: VolumeUuid, generation: Generation, attempt: int, digest: str) -> None:
+        """The container says what the NAS has to find in what was sent: the last word counts."""
+        self._digests[volume] = (generation, attempt, digest)
+
+    def forget(self, volume: VolumeUuid) -> None:
+        """Nothing comes back any more."""
+        self._digests.pop(volume, None)
+        self.ports.pop(volume, None)
+
+    def remembered(self) -> set[VolumeUuid]:
+        """The volumes of which something is remembered here."""
+        return {*list(self._digests), *list(self.ports)}
 
     def told(self, step: Step) -> bool:
         """Whether the step's result comes by letter."""
@@ -59,7 +68,7 @@ class NasSteps:
             case Step.APPLY_RETURN:
                 return self._apply(mapping, volume)
             case Step.DROP_RETURN:
-                self.ports.pop(mapping.volume, None)
+                self.forget(mapping.volume)
                 self._plane.drop_return(self._grant(mapping, volume))
                 return None
             case Step.TELL_RELEASE:
@@ -108,7 +117,7 @@ class NasSteps:
     def _unexport(self, mapping: Mapping, volume: Volume) -> ev.Event:
         self._plane.unexport(volume, mapping.generation)
         self._records.save_portal(volume.uuid, None)
-        if mapping.phase is Phase.DETACHING:
+        if mapping.phase is Phase.DETACHING and mapping.held is Held.NOTHING:
             self._stamp(mapping, volume, at_rest=True)
         return ev.Unexported()
 
@@ -119,8 +128,8 @@ class NasSteps:
         return port
 
     def _verify(self, mapping: Mapping, volume: Volume) -> ev.Event:
-        digest = self._digests.get((volume.uuid, mapping.attempt))
-        if digest is None:
+        generation, attempt, digest = self._digests.get(volume.uuid, (mapping.generation, -1, ""))
+        if (generation, attempt) != (mapping.generation, mapping.attempt):
             raise ImgStorageError("failed", "the container has not yet said what it sent")
         version = self._plane.verify_return(self._grant(mapping, volume), mapping.attempt, digest)
         return ev.ReturnVerified(attempt=mapping.attempt, version=version, digest=digest)
@@ -131,12 +140,11 @@ class NasSteps:
         self._plane.apply_return(self._grant(mapping, volume), mapping.verified.version)
         if mapping.phase is Phase.APPLYING:
             self._stamp(mapping, replace(volume, version=mapping.verified.version), at_rest=True)
-        self.ports.pop(volume.uuid, None)
-        self._digests.pop((volume.uuid, mapping.attempt), None)
+        self.forget(volume.uuid)
         return ev.Applied(attempt=mapping.attempt)
 
     def _command(self, step: Step, mapping: Mapping, volume: Volume) -> Command:
-        op = _op(mapping)
+        op = driving(mapping)
         about: dict[str, Any] = {
             "op": op,
             "volume": volume.uuid,
@@ -159,7 +167,8 @@ class NasSteps:
                 return ReturnZvol(**about, port=port)
 
 
-def _op(mapping: Mapping) -> OpId:
+def driving(mapping: Mapping) -> OpId:
+    """The operation under whose id a container is told what to do. Raises ``internal`` for an idle mapping."""
     op = mapping.op or mapping.unmap_op or mapping.map_op
     if op is None:
         raise ImgStorageError("internal", f"no operation drives the mapping of {mapping.volume}")
