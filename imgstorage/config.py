@@ -59,7 +59,10 @@ class NasConfig(DaemonConfig):
 
 @dataclass(frozen=True)
 class ContainerConfig(DaemonConfig):
-    """``img-storage-vm``: pools by name, where devices appear, whether FUSE is used (auto, on, off)."""
+    """``img-storage-vm``: pools by name, where devices appear, whether FUSE is used (auto, on, off).
+
+    ``reserve`` is the share of what a volume may take at its worst that must be free before it is taken.
+    """
 
     plane: str
     pools: Mapping[PoolName, Path]
@@ -68,6 +71,7 @@ class ContainerConfig(DaemonConfig):
     fuse: str
     copy_speed_bytes_s: int
     watermark_bytes: int
+    reserve: float
 
 
 @dataclass(frozen=True)
@@ -281,6 +285,7 @@ def load_container(path: Path) -> ContainerConfig:
         fuse=container.choice("fuse", ("auto", "on", "off"), "auto"),
         copy_speed_bytes_s=container.size("copy_speed", 0),
         watermark_bytes=container.size("watermark", 64 << 20),
+        reserve=container.integer("reserve_percent", 100, 0, 100) / 100,
     )
     if config.default_pool is not None and config.default_pool not in pools:
         raise container.bad("vm_container_zpool", f"{config.default_pool!r} is none of the pools configured here")

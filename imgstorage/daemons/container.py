@@ -27,6 +27,7 @@ def plane(config: ContainerConfig) -> UserspaceContainer:
             fuse=config.fuse,
             copy_speed_bytes_s=config.copy_speed_bytes_s,
             watermark_bytes=config.watermark_bytes,
+            reserve=config.reserve,
         )
     )
 

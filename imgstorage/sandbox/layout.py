@@ -194,7 +194,8 @@ class Layout:
                 lines += ["[nas]", *pools, f"import_dirs = {folder / 'images'}", "address = 127.0.0.1",
                           f"port = {host.port}"]  # fmt: skip
             else:
-                lines += ["[container]", *pools, f"vm_container_zpool = {host.pools[0]}", f"run_dir = {host.run_dir}"]
+                lines += ["[container]", *pools, f"vm_container_zpool = {host.pools[0]}", f"run_dir = {host.run_dir}",
+                          "reserve_percent = 10"]  # fmt: skip
         local = folder / "local.conf"
         if local.exists():
             lines += ["# from local.conf", local.read_text()]
