@@ -40,6 +40,7 @@ STARTING = (P.EXPORTING, P.ATTACHING)
 # Each group answers one question; within a phase and event the first rule whose condition holds is taken.
 COMMON: tuple[Spec, ...] = (
     # -- map
+    _rule(P.IDLE, ev.Map, when="no new grant", refuse="busy", note="it was let go just now"),
     _rule(P.IDLE, ev.Map, to=P.EXPORTING, steps=(S.EXPORT,), owner=Owner.TAKE, tell=(Tell("event", M.ACCEPTED),),
           note="granted to {m.container} as {m.generation}"),
     _rule((*STARTING, *USED), ev.Map, when="same request", note="already mapped on {m.container}"),

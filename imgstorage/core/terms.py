@@ -72,6 +72,7 @@ def _in_use(event: ev.Event) -> bool:
 
 CONDITIONS: dict[str, Callable[[Mapping, ev.Event], bool]] = {
     "direct": lambda m, e: m.mode is Mode.DIRECT,
+    "no new grant": lambda m, e: isinstance(e, ev.Map) and e.generation.counter <= m.generation.counter,
     "same request": lambda m, e: isinstance(e, ev.Map) and (m.container, m.mode) == (e.container, e.mode),
     "no unmap yet": lambda m, e: m.op in (None, m.map_op),
     "unmap waits": lambda m, e: m.unmap_op is not None,

@@ -127,9 +127,10 @@ class Coordinator:
     # -- operations
 
     def _remember(self, operation: Operation) -> None:
-        known = self._records.operation(operation.op)
-        if known is None or (operation.changed_at >= known.changed_at and not known.ended):
-            self._records.save_operation(operation)
+        with self._records.write():
+            known = self._records.operation(operation.op)
+            if known is None or (operation.changed_at >= known.changed_at and not known.ended):
+                self._records.save_operation(operation)
 
     def _news(self, letter: Letter, news: OperationChanged) -> Message | None:
         if news.operation.nas != letter.host:
@@ -148,8 +149,7 @@ class Coordinator:
     def _show(self, letter: Letter, request: ShowOperation) -> Message | None:
         known = self._records.operation(request.op)
         if known is None:
-            raise ImgStorageError("not_found", f"no operation {request.op} is known here",
-                                  hint="imgstorage list host storagemap NAS shows what is under way")  # fmt: skip
+            return self._ask_every_nas(letter, request)
         if known.ended:
             return OperationAnswer(operation=known)
 
@@ -158,6 +158,40 @@ class Coordinator:
 
         self._pass_on(letter, Role.NAS, known.nas, request, last_heard)
         return None
+
+    def _ask_every_nas(self, letter: Letter, request: ShowOperation) -> Message | None:
+        """The answer to the request that began the operation may have been lost, with the news of it."""
+        hosts = [host for host, role in self._records.hosts().items() if role == "nas"]
+        away: list[str] = []
+        left = set(hosts)
+
+        def unknown() -> Message:
+            hint = "imgstorage list host storagemap NAS shows what is under way"
+            if away:
+                text = f"no operation {request.op} is known here, and {', '.join(sorted(away))} cannot be asked"
+                return ErrorAnswer(code="timeout", message=text, hint=hint)
+            return ErrorAnswer(code="not_found", message=f"no operation {request.op} is known", hint=hint)
+
+        def heard(host: HostName, answer: Message | ImgStorageError) -> None:
+            if not left:
+                return
+            left.discard(host)
+            if isinstance(answer, OperationAnswer):
+                left.clear()
+                self._remember(answer.operation)
+                self._inbox.answer(letter, answer)
+                return
+            if not isinstance(answer, ImgStorageError) or answer.code != "not_found":
+                away.append(host)
+            if not left:
+                self._inbox.answer(letter, unknown())
+
+        for host in hosts:
+            self._questions.ask(
+                Role.NAS, host, request, timeout_s=request.timeout - 1.0, key=f"passed:{letter.correlation}",
+                then=lambda answer, host=host: heard(host, answer),  # type: ignore[misc]
+            )  # fmt: skip
+        return None if hosts else unknown()
 
     # -- hosts
 

@@ -47,6 +47,7 @@ from imgstorage.core.records import NasRecords
 from imgstorage.engine.book import Book
 from imgstorage.engine.driver import MAY_RUN, Driver
 from imgstorage.engine.inbox import Handler, Inbox
+from imgstorage.engine.jobs import Jobs
 from imgstorage.engine.nas_steps import TOLD, NasSteps, driving
 from imgstorage.engine.requests import Requests
 from imgstorage.engine.world import World
@@ -74,7 +75,8 @@ class NasEngine:
         self._driver = Driver(world, records, self._book)
         self._steps = NasSteps(world, records, plane, self._release_soon)
         self._driver.use(self._steps)
-        self._requests = Requests(world, records, plane, self._driver, self._book)
+        self._jobs = Jobs(world, records, plane, self._driver, self._book)
+        self._requests = Requests(world, records, plane, driver=self._driver, book=self._book, jobs=self._jobs)
         self._progress: dict[VolumeUuid, Progress] = {}
         self._alarms: dict[str, str] = {}
         handlers: dict[type[Message], Handler] = {
@@ -89,7 +91,7 @@ class NasEngine:
 
     def receive(self, letter: Letter) -> None:
         """Deal with one letter. Raises ``wrong_sender``, ``bad_message``."""
-        if letter.correlation and self._requests.questions.answered(letter):
+        if letter.correlation and self._jobs.questions.answered(letter):
             return
         self._inbox.receive(letter)
 
@@ -100,7 +102,7 @@ class NasEngine:
         driven = frozenset(op for one in mappings for op in (one.op, one.unmap_op, one.map_op) if op is not None)
         for mapping in mappings:
             self._driver.restarted(mapping)
-        self._requests.resume(driven)
+        self._jobs.resume(driven)
         self._release_soon()
         self._tasks.run("look", self._look, LOOK_EVERY_S)
 
