@@ -306,6 +306,20 @@ def test_a_volume_that_is_gone_is_not_found(lab: Lab) -> None:
     lab.plane.unexport(grant.volume, grant.generation)
 
 
+def test_unexport_works_while_the_pool_is_not_there(lab: Lab) -> None:
+    grant = lab.grant(lab.made())
+    lab.plane.export(grant, SECRET)
+    pool = lab.place(grant.volume).parent
+    away = pool.rename(pool.with_name("away"))
+    assert lab.plane.pools() == []
+    refused("not_found", lambda: lab.plane.export(grant, SECRET))
+    refused("not_found", lambda: lab.plane.create(grant.volume))
+    lab.plane.unexport(grant.volume, grant.generation)
+    assert lab.plane.exports() == []
+    away.rename(pool)
+    lab.plane.export(grant, SECRET)
+
+
 # -- the plane's own life -----------------------------------------------------------------------------------
 
 

@@ -160,8 +160,16 @@ class UserspaceNas:
         return portal
 
     def unexport(self, volume: Volume, generation: Generation, container: HostName | None = None) -> None:
-        """As :meth:`NasPlane.unexport`; with ``container`` only what that one was given (a shared volume)."""
-        path = self._volumes.path(volume)
+        """As :meth:`NasPlane.unexport`; with ``container`` only what that one was given (a shared volume).
+
+        It works while the pool is not there too: then the name and the grant, which is random, have to do.
+        """
+        try:
+            path = self._volumes.path(volume)
+        except ImgStorageError as error:
+            if error.code != "not_found":
+                raise
+            path = None
 
         def of_grant(target: Target) -> bool:
             name = names.parse_target(target.name)
@@ -170,7 +178,7 @@ class UserspaceNas:
             if container is not None and name.container != names.short(container):
                 return False
             backing = _path(target)
-            if backing is None:  # made half: it has no LUN yet
+            if backing is None or path is None:  # made half, it has no LUN yet; or the pool is gone
                 return name.body.endswith(f"-{names.in_iqn(volume.name)}")
             return backing == str(path) or _is_delta_of(backing, path)
 

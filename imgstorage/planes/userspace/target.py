@@ -245,7 +245,7 @@ class Targets:
                 mine = None
             mark = hashlib.sha256(secret.encode()).hexdigest()
             if mine is None:
-                self._make(offer, secret, {target.tid for target in self._tgt.targets()})
+                self._make(offer, secret, {target.tid for target in seen})
             elif self._secrets.get(offer.iqn) != mark:
                 self._tgt.set_account(offer.user, secret)
                 self._tgt.bind_account(mine.tid, offer.user)
