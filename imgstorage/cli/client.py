@@ -51,6 +51,7 @@ class Frontend:
         self._settings = settings
         self._client: Client | None = None
         self._followed: OpId | None = None
+        self._accepted = False
 
     def __enter__(self) -> Frontend:
         self._connected()
@@ -60,6 +61,8 @@ class Frontend:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._drop()
+        if isinstance(error, KeyboardInterrupt) and self._followed is not None:
+            raise Interrupted(self._followed, self._accepted) from None
 
     def ask(self, message: Message, answer: type[Answer]) -> Answer:
         """Ask once. Raises the error that the answer carries, or what :meth:`Client.request` raises."""
@@ -75,18 +78,18 @@ class Frontend:
 
     def begin(self, request: Message, op: OpId, expires_at: float) -> OperationAnswer:
         """Begin an operation. Raises ``timeout`` if it is not known whether it was accepted, and any refusal."""
+        self._connected().follow(op)
         self._followed = op
-        client = self._connected()
         try:
-            client.follow(op)
-            try:
-                return self.ask(request, OperationAnswer)
-            except ImgStorageError as error:
-                if error.host or error.code not in ("timeout", "broker_unreachable"):
-                    raise
-            answer = self._until(expires_at - time.time(), op, lambda: self.ask(request, OperationAnswer))
-        except KeyboardInterrupt:
-            raise Interrupted(op, accepted=False) from None
+            answer = self.ask(request, OperationAnswer)
+            self._accepted = True
+            return answer
+        except ImgStorageError as error:
+            here = not error.host and error.code == "broker_unreachable"  # it may have been sent
+            if error.code != "timeout" and not here:
+                raise
+        answer = self._until(expires_at - time.time(), op, lambda: self.ask(request, OperationAnswer))
+        self._accepted = True
         # Our own first try may be what is repeated; an operation that was never accepted found all done already.
         own = answer.operation.op == op and not (answer.operation.ended and answer.operation.accepted_at == 0)
         return OperationAnswer(operation=answer.operation, repeated=answer.repeated and not own)
@@ -103,16 +106,14 @@ class Frontend:
 
     def wait_until(self, operation: Operation, milestone: Milestone, watch: Callable[[Operation], None]) -> Operation:
         """As :meth:`wait`, but an operation that failed or was cancelled is returned as it is."""
-        try:
-            if not operation.ended and operation.op != self._followed:
-                self._followed = operation.op
-                self._connected().follow(operation.op)
-                operation = self._asked(operation)
-            while not operation.reached(milestone):
-                watch(operation)
-                operation = self._next(operation)
-        except KeyboardInterrupt:
-            raise Interrupted(operation.op, accepted=True) from None
+        self._accepted = True
+        if not operation.ended and operation.op != self._followed:
+            self._connected().follow(operation.op)
+            self._followed = operation.op
+            operation = self._asked(operation)
+        while not operation.reached(milestone):
+            watch(operation)
+            operation = self._next(operation)
         return operation
 
     def show(self, op: OpId) -> Operation:
