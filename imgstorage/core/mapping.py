@@ -117,13 +117,18 @@ NEVER_GRANTED = Generation(counter=0, grant="")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Volume:
-    """A volume on a NAS. ``version`` names its bytes: new at every write-back, revert and writable grant."""
+    """A volume on a NAS.
+
+    ``version`` names its bytes: new at every write-back, revert and writable grant; ``parent_version`` is the one
+    before.
+    """
 
     uuid: VolumeUuid
     pool: PoolName
     name: VolumeName
     size_bytes: int
     version: str = ""
+    parent_version: str = ""
     state: VolumeState = VolumeState.READY
 
     def __post_init__(self) -> None:

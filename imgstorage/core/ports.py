@@ -160,7 +160,6 @@ class Stamp:
     """
 
     volume: Volume
-    parent_version: str = ""
     generation: Generation
     holder: HostName | None = None
     mode: Mode | None = None
@@ -237,7 +236,11 @@ class NasPlane(Protocol):
         ...
 
     def stamp(self, stamp: Stamp) -> None:
-        """Write the stamp durably beside the volume's data."""
+        """Write the stamp durably beside the volume's data.
+
+        It takes the place of one of the same version; in direct mode, of one of its parent version. Anything else
+        means that the volume was restored, or its database: ``diverged``. Raises ``stale_generation`` too.
+        """
         ...
 
     def stamps(self) -> Sequence[Stamp]:

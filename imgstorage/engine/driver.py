@@ -141,7 +141,8 @@ class Driver:
         if isinstance(event, ev.Applied) and before.verified is not None and after != before:
             held = self._records.volume(before.volume)
             if held is not None:
-                self._records.save_volume(replace(held, version=before.verified.version))
+                version, parent = before.verified.version, held.version
+                self._records.save_volume(replace(held, version=version, parent_version=parent))
         if Step.TELL_RELEASE in decision.steps and before.verified is not None and before.container is not None:
             self._records.save_release(Release(
                 volume=before.volume, generation=before.generation, container=before.container,

@@ -160,7 +160,8 @@ class Jobs:
                 return
             self._records.save_secret(volume.uuid, generation, self._random.token(8))
             if mode is Mode.DIRECT:  # the container may write to the NAS's bytes: they are another version now
-                self._records.save_volume(replace(volume, version=self._random.token(8)))
+                token = self._random.token(8)
+                self._records.save_volume(replace(volume, version=token, parent_version=volume.version))
 
         event = ev.Map(
             op=request.op, generation=generation, mode=mode, container=request.container,

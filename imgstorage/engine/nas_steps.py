@@ -139,7 +139,8 @@ class NasSteps:
             raise ImgStorageError("internal", "nothing was verified")
         self._plane.apply_return(self._grant(mapping, volume), mapping.verified.version)
         if mapping.phase is Phase.APPLYING:
-            self._stamp(mapping, replace(volume, version=mapping.verified.version), at_rest=True)
+            applied = replace(volume, version=mapping.verified.version, parent_version=volume.version)
+            self._stamp(mapping, applied, at_rest=True)
         self.forget(volume.uuid)
         return ev.Applied(attempt=mapping.attempt)
 

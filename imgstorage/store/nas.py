@@ -26,7 +26,8 @@ def m001_begin(db: SqliteUtils) -> None:
     """The tables of the first version."""
     for sql in (
         """CREATE TABLE volumes (uuid TEXT PRIMARY KEY, pool TEXT NOT NULL, name TEXT NOT NULL,
-           size_bytes INTEGER NOT NULL, version TEXT NOT NULL, state TEXT NOT NULL, UNIQUE (pool, name))""",
+           size_bytes INTEGER NOT NULL, version TEXT NOT NULL, parent_version TEXT NOT NULL, state TEXT NOT NULL,
+           UNIQUE (pool, name))""",
         """CREATE TABLE mappings (volume TEXT PRIMARY KEY, phase TEXT NOT NULL, mode TEXT, container TEXT,
            remote_pool TEXT, generation TEXT NOT NULL, map_op TEXT, op TEXT, unmap_op TEXT, force INTEGER NOT NULL,
            held TEXT NOT NULL, verified TEXT, attempt INTEGER NOT NULL, second TEXT, leaving TEXT,

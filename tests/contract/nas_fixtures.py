@@ -82,7 +82,7 @@ class Lab:
         """A new grant of a volume, stamped as the engine stamps it: a writable one is a new version."""
         number = counter or next(self.counter)
         if mode is Mode.DIRECT:
-            volume = replace(volume, version=f"direct-{number}")
+            volume = replace(volume, version=f"direct-{number}", parent_version=volume.version)
         generation = Generation(counter=number, grant=f"{number:08x}")
         grant = Grant(volume=volume, nas=NAS, container=container, mode=mode, generation=generation)
         self.stamp(grant)

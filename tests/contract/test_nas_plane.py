@@ -139,11 +139,11 @@ def test_a_direct_grant_is_a_new_version_whose_parent_is_the_old(lab: Lab) -> No
     volume = lab.made()
     grant = lab.grant(volume, Mode.DIRECT)
     (stamp,) = lab.plane.stamps()
-    assert (stamp.volume.version, stamp.parent_version) == (grant.volume.version, "v1")
+    assert (stamp.volume.version, stamp.volume.parent_version) == (grant.volume.version, "v1")
     assert stamp.holder == FIRST
     lab.stamp(grant, at_rest=True)
     (stamp,) = lab.plane.stamps()
-    assert (stamp.volume.version, stamp.parent_version, stamp.holder) == (grant.volume.version, "v1", None)
+    assert (stamp.volume.version, stamp.volume.parent_version, stamp.holder) == (grant.volume.version, "v1", None)
 
 
 def test_export_again_changes_nothing_and_disturbs_nobody(lab: Lab) -> None:

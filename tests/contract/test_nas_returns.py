@@ -61,7 +61,7 @@ def test_what_came_back_becomes_the_volume(lab: Lab, grant: Grant) -> None:
     assert lab.plane.exports() == []
     lab.plane.apply_return(grant, version)
     (stamp,) = lab.plane.stamps()
-    assert (stamp.volume.version, stamp.parent_version) == (version, grant.volume.version)
+    assert (stamp.volume.version, stamp.volume.parent_version) == (version, grant.volume.version)
     assert stamp.generation == grant.generation
     assert lab.bytes_of(grant.volume) == expected(before)
     assert lab.leftovers() == []

@@ -230,7 +230,7 @@ class UserspaceNas:
         if delta is None:
             known = sidecar.load(path)
             if known is not None:
-                version = returns.next_version(known.stamp.parent_version, grant.generation, attempt, digest)
+                version = returns.next_version(known.stamp.volume.parent_version, grant.generation, attempt, digest)
                 if known.stamp.volume.version == version:
                     return version  # applied already
             raise ImgStorageError("verify_failed", f"nothing of attempt {attempt} is here")

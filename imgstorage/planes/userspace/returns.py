@@ -220,6 +220,6 @@ def apply(volumes: Volumes, volume_file: Path, known: Sidecar, delta: Delta) -> 
     now = sidecar.identity(volume_file)
     if now is None or now.size_bytes != size:
         raise ImgStorageError("failed", f"{volume_file} changed its size while it was written")
-    volume = replace(known.stamp.volume, version=record.version)
-    stamp = replace(known.stamp, volume=volume, parent_version=record.base_version)
+    volume = replace(known.stamp.volume, version=record.version, parent_version=record.base_version)
+    stamp = replace(known.stamp, volume=volume)
     sidecar.save(volume_file, Sidecar(stamp=stamp, file=now))

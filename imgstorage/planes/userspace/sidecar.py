@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from imgstorage.core.errors import ImgStorageError
@@ -79,17 +79,23 @@ def renewed(old: Sidecar | None, stamp: Stamp, now: Identity) -> Sidecar:
     """The sidecar for a new stamp of a file that is ``now`` so.
 
     A file that was exported writable under the old stamp is taken as it is, if it is still the same inode; else
-    what was recorded stays recorded. The parent of a new version is the old one, unless the stamp names it.
+    what was recorded stays recorded.
     """
     if old is None or old.stamp.volume.uuid != stamp.volume.uuid:
         return Sidecar(stamp=stamp, file=Identity())
-    if not stamp.parent_version:
-        same = stamp.volume.version == old.stamp.volume.version
-        parent = old.stamp.parent_version if same else old.stamp.volume.version
-        stamp = replace(stamp, parent_version=parent)
     seen = now if old.opened and not old.applying and now.inode == old.file.inode else old.file
     still = old.opened and stamp.generation == old.stamp.generation and stamp.mode is Mode.DIRECT
     return Sidecar(stamp=stamp, file=seen, applying=old.applying, opened=still)
+
+
+def unrelated(old: Sidecar | None, stamp: Stamp) -> str:
+    """Why a stamp cannot follow the old one, as a clause; "" if it can: same version, or its writable child."""
+    if old is None or old.stamp.volume.uuid != stamp.volume.uuid:
+        return ""
+    there, new = old.stamp.volume.version, stamp.volume
+    if there == new.version or (stamp.mode is Mode.DIRECT and there == new.parent_version):
+        return ""
+    return f"is stamped as version {there}, and {new.version} was expected"
 
 
 def changed(sidecar: Sidecar, now: Identity) -> str:

@@ -199,17 +199,20 @@ class Targets:
     def _start(self) -> None:
         argv = ["tgtd", "-f", "-C", "0", "-t", str(IO_THREADS), "--iscsi", f"portal={self._portal}"]
         log_file = self._folder / "tgtd.log"
-        pid = spawn(argv, log_file=log_file, env={"TGT_IPC_SOCKET": str(self._folder / "ctl")})
+        env = {"TGT_IPC_SOCKET": str(self._folder / "ctl")}
         self._secrets.clear()
         until = time.monotonic() + START_TIMEOUT_S
+        pid = spawn(argv, log_file=log_file, env=env)
         while True:
             process = self._running()
             if process is not None and process.pid == pid and self._tgt.answers():
                 break
-            if start_time(pid) is None or time.monotonic() > until:
+            if time.monotonic() > until:
                 self._abandon(pid)
                 raise ImgStorageError("failed", f"the target daemon (tgtd) did not start: see {log_file}")
             time.sleep(POLL_S)
+            if start_time(pid) is None:  # the one before, killed a moment ago, may still have held lock or port
+                pid = spawn(argv, log_file=log_file, env=env)
         self._write_record(process)
         if not self._has_portal():
             self._abandon(pid)

@@ -139,7 +139,7 @@ class Volumes:
     # -- stamps ----------------------------------------------------------------------------------------------
 
     def stamp(self, stamp: Stamp) -> None:
-        """As :meth:`NasPlane.stamp`. Raises ``not_found``, ``stale_generation``."""
+        """As :meth:`NasPlane.stamp`. Raises ``not_found`` too."""
         path, now = self.present(stamp.volume)
         old = sidecar.load(path)
         if old is not None and old.stamp.volume.uuid != stamp.volume.uuid and old.file.inode == now.inode:
@@ -149,6 +149,9 @@ class Volumes:
                 "stale_generation",
                 f"{stamp.volume} was granted as {old.stamp.generation} already, not as {stamp.generation}",
             )
+        why = sidecar.unrelated(old, stamp)
+        if why:
+            raise ImgStorageError("diverged", f"the file of {stamp.volume} {why}: it, or the database, was restored")
         sidecar.save(path, sidecar.renewed(old, stamp, now))
 
     def stamps(self) -> list[Stamp]:
