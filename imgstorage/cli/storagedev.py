@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
+from urllib.parse import urlsplit
 
 from imgstorage.cli import rows, table
 from imgstorage.cli.client import Frontend
@@ -21,7 +22,7 @@ COLUMNS = (
         name="ZVOL", help="the volume", text=lambda row: row[1].device.name, width=24, shown=True, also=("volume",),
     ),
     Column(
-        name="LVM", help="the device's name", text=lambda row: PurePosixPath(row[1].device.path).name, width=29,
+        name="LVM", help="the device's name", text=lambda row: PurePosixPath(urlsplit(row[1].device.path).path).name, width=29,
         shown=True,
     ),
     Column(

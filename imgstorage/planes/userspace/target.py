@@ -41,6 +41,7 @@ STOP_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 20.0
 LOCK_TIMEOUT_S = 60.0
 POLL_S = 0.002
+RESTART_PAUSE_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,6 +213,7 @@ class Targets:
                 raise ImgStorageError("failed", f"the target daemon (tgtd) did not start: see {log_file}")
             time.sleep(POLL_S)
             if start_time(pid) is None:  # the one before, killed a moment ago, may still have held lock or port
+                time.sleep(RESTART_PAUSE_S)
                 pid = spawn(argv, log_file=log_file, env=env)
         self._write_record(process)
         if not self._has_portal():
