@@ -1,6 +1,6 @@
 # Shortcuts for contributors; each is one command of admin/ or of .venv.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check unit format lock clean
+.PHONY: help install demo test check unit format docs lock clean
 
 help: ## show these targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -22,6 +22,13 @@ unit: ## the unit tests
 
 format: install ## lay out the code and put right what can be
 	@.venv/bin/ruff check --fix --quiet . ; .venv/bin/ruff format .
+
+docs: install ## write anew what is generated in docs/
+	@.venv/bin/python -m imgstorage.core.diagram > docs/state-machine.md
+	@.venv/bin/python -m imgstorage.core.catalogue messages > docs/messages.md
+	@.venv/bin/python -m imgstorage.core.catalogue errors > docs/errors.md
+	@.venv/bin/python -m imgstorage.cli.reference > docs/commands.md
+	@mkdir -p docs/man && .venv/bin/python -m imgstorage.cli.man > docs/man/imgstorage.1
 
 lock: ## write the locked requirements anew (UPGRADE=1: newest versions)
 	@admin/lock $(if $(UPGRADE),--upgrade)

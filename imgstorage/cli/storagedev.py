@@ -22,8 +22,8 @@ COLUMNS = (
         name="ZVOL", help="the volume", text=lambda row: row[1].device.name, width=24, shown=True, also=("volume",),
     ),
     Column(
-        name="LVM", help="the device's name", text=lambda row: PurePosixPath(urlsplit(row[1].device.path).path).name, width=29,
-        shown=True,
+        name="LVM", help="the device's name", width=29, shown=True,
+        text=lambda row: PurePosixPath(urlsplit(row[1].device.path).path).name,
     ),
     Column(
         name="STATUS", help="snapshot, snapshot-merge or linear; empty in direct mode",
