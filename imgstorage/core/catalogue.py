@@ -30,7 +30,7 @@ def messages_markdown() -> str:
         lines += [f"## {action}", "", inspect.getdoc(kind) or "", ""]
         lines.append(f"Sent by: {', '.join(sorted(role.value for role in kind.senders))}.")
         if kind.answer is not None:
-            lines.append(f"Answered by `{kind.answer.action}` or `error` within {kind.timeout:g} s.")
+            lines.append(f"Answered by `{kind.answer.action}` or `error` within {kind.timeout.value:g} s.")
         lines += ["", "| field | type |", "|---|---|"]
         lines += [f"| `{field.name}` | `{field.type}` |" for field in fields(kind)]
         lines.append("")
