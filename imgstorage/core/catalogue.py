@@ -23,7 +23,9 @@ def messages_markdown() -> str:
         "",
         f"Protocol version {messages.PROTOCOL_VERSION}; at most {messages.MAX_BODY_BYTES} bytes a message.",
         "",
+        "```text",
         *table.splitlines()[2:],
+        "```",
         "",
     ]
     for action, kind in messages.CATALOGUE.items():
