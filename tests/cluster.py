@@ -34,6 +34,9 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.daemons import nas as nas_daemon
 from imgstorage.sandbox import supervisor
 from imgstorage.sandbox.broker import Broker
+from imgstorage.sandbox.guest import Writer
+from imgstorage.sandbox.guest_check import Report, check
+from imgstorage.sandbox.guest_disk import open_disk
 from imgstorage.sandbox.layout import Layout
 from imgstorage.tools import run as tools
 from tests import leftovers
@@ -48,6 +51,7 @@ MIB = 1 << 20
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND_S = 60.0
 SETTLE_S = 30.0
+LEFT_S = 10.0
 
 KINDS = ("nas", "container", "frontend", "broker", "supervisor", "tgtd", "back", "front")
 """The processes that can be killed: three daemons, the broker, who restarts them, and what serves a device."""
@@ -278,6 +282,37 @@ class Cluster:
         """``remove host storagemap``, up to the end."""
         return self.well(f"remove host storagemap {NAS} {volume} {' '.join(words)}")
 
+    # -- guests
+
+    def writer(self, volume: str, container: str, pause_ms: float = 5.0, **options: Any) -> Writer:
+        """A guest that writes to the volume's device; its log is outside the volume, and one for all its guests."""
+        log = self.guest_log(volume)
+        return Writer(client_config=self.folder / "client.conf", container=container, volume=volume, log=log,
+                      pause_ms=pause_ms, **options)  # fmt: skip
+
+    def guest_log(self, volume: str) -> Path:
+        """The log of a volume's guests."""
+        return self._home / f"{volume}.log"
+
+    def fill(self, device: str, base: Path, size_mib: int = 24, start_mib: int = 8) -> None:
+        """Write random bytes to a device, and the same to the image that it was made of."""
+        disk = open_disk(device)
+        try:
+            with base.open("r+b") as file:
+                for number in range(start_mib, start_mib + size_mib):
+                    data = os.urandom(MIB)
+                    disk.pwrite(data, number * MIB)
+                    os.pwrite(file.fileno(), data, number * MIB)
+            disk.flush()
+        finally:
+            disk.close()
+
+    def verify(self, volume: str, base: Path) -> Report:
+        """Compare what the NAS has with what it was made of and what the guests were promised."""
+        report = check([self.guest_log(volume)], self.bytes_of(volume), base)
+        assert report.ok, str(report)
+        return report
+
     # -- moments, and processes to kill
 
     def _query(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
@@ -367,7 +402,7 @@ class Cluster:
 
     def leftovers(self) -> list[str]:
         """What is there although no volume is: waits a little for what is just ending."""
-        end = time.monotonic() + SETTLE_S
+        end = time.monotonic() + LEFT_S
         while found := self._left_now():
             if time.monotonic() > end:
                 break

@@ -28,6 +28,7 @@ from imgstorage.core.messages import (
     DevRow,
     ErrorAnswer,
     GetStatus,
+    Hello,
     ListDev,
     Message,
     ReleaseZvol,
@@ -88,6 +89,7 @@ class ContainerEngine:
             CheckAttach: self._check,
             ListDev: self._list,
             GetStatus: self._status,
+            Hello: lambda _letter, _hello: None,  # a NAS that comes asks for what it still waits for
         }
         self._inbox = Inbox(world, handlers)
 

@@ -8,6 +8,8 @@ another (a power loss may have torn the base; nothing is lost, the NAS holds it)
 
 from __future__ import annotations
 
+import shutil
+
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Volume
 from imgstorage.planes.userspace import care, files, state
@@ -43,3 +45,4 @@ def finish_release(holding: Holding) -> None:
         files.fsync_file(holding.base)
         files.remove_durably(holding.overlay)
     holding.advance(CopyPhase.CACHE, digest="", attempt=0)
+    shutil.rmtree(holding.run_folder, ignore_errors=True)  # a cache is served by nobody
