@@ -86,7 +86,7 @@ class Questions:
                 self._finish(correlation, error)
 
         def too_late() -> None:
-            text = f"{host} did not answer {message.action} within {timeout_s:g} s"
+            text = f"{host} did not answer {message.action} within {float(timeout_s):g} s"
             self._finish(correlation, ImgStorageError("timeout", text, host=host))
 
         self._tasks.run(f"ask:{role.value}:{host}", send)
