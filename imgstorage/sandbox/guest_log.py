@@ -99,6 +99,12 @@ class History:
         """How many writes were flushed."""
         return sum(write.done for write in self.writes)
 
+    @property
+    def changed_bytes(self) -> int:
+        """The size of the blocks that were to be written, each counted once."""
+        starts = {at for one in self.writes for at in range(one.offset, one.offset + one.length, BLOCK)}
+        return len(starts) * BLOCK
+
 
 def read_logs(paths: list[Path]) -> History:
     """The logs, in the order in which they were written. Raises ``corrupt`` naming the line, ``not_found``."""
