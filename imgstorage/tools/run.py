@@ -103,6 +103,10 @@ def run(
             raise ImgStorageError(
                 "tool_failed", f"'{masked(argv, secrets)}' did not end within {timeout_s:g} s and was killed"
             ) from None
+        except BaseException:  # an interrupt: in its session of its own the command would go on without anybody
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
     result = Result(tuple(argv), process.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
     log.debug("%s -> %d in %.0f ms", masked(argv, secrets), result.exit_status, 1000 * (time.monotonic() - began))
     if check and result.exit_status != 0:
