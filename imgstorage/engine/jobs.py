@@ -206,9 +206,10 @@ class Jobs:
         if volume is not None:
             try:
                 self._plane.trash(volume)
-            except BaseException:  # it is there still, and can be used
-                self._records.save_volume(replace(volume, state=VolumeState.READY))
-                raise
+            except ImgStorageError:
+                if any(stamp.volume.uuid == volume.uuid for stamp in self._plane.stamps()):
+                    self._records.save_volume(replace(volume, state=VolumeState.READY))  # it can still be used
+                    raise
             self._driver.forget(volume.uuid)
         with self._records.write():
             if volume is not None:

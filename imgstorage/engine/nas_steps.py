@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,8 @@ from imgstorage.core.names import HostName, OpId, VolumeUuid
 from imgstorage.core.ports import Grant, NasPlane, ReturnKind, ReturnPort, Stamp
 from imgstorage.core.records import NasRecords
 from imgstorage.engine.world import World
+
+log = logging.getLogger(__name__)
 
 KIND = {
     Phase.PULLING: ReturnKind.PULL,
@@ -118,8 +121,21 @@ class NasSteps:
         self._plane.unexport(volume, mapping.generation)
         self._records.save_portal(volume.uuid, None)
         if mapping.phase is Phase.DETACHING and mapping.held is Held.NOTHING:
-            self._stamp(mapping, volume, at_rest=True)
+            self._stamp_at_rest(mapping, volume)
         return ev.Unexported()
+
+    def _stamp_at_rest(self, mapping: Mapping, volume: Volume) -> None:
+        """Stamp a volume as nobody's. One that is not there any more must not keep its mapping for ever."""
+        try:
+            self._stamp(mapping, volume, at_rest=True)
+        except ImgStorageError as error:
+            if error.code == "not_found":
+                log.warning("%s is unmapped, but not stamped so: %s", volume, error)
+            elif error.code == "diverged" and mapping.mode is Mode.DIRECT:
+                self._stamp(mapping, volume)  # the grant's version never got that far: only a writable stamp may follow
+                self._stamp(mapping, volume, at_rest=True)
+            else:
+                raise
 
     def _open_return(self, mapping: Mapping, volume: Volume) -> ReturnPort:
         secret = self._records.secret(volume.uuid, mapping.generation)
