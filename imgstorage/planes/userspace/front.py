@@ -64,7 +64,7 @@ def open_front(holding: Holding) -> None:
     mount = folder / f"m{number}"
     mount.touch(mode=0o400)
     daemon = storage_daemon.launch(folder / f"f{number}.mon", folder / "front.log")
-    holding.set_runtime(front=daemon, mount=str(mount))
+    holding.set_runtime(front=daemon, front_of=holding.runtime.incarnation, mount=str(mount))
     with daemon.connect() as monitor:
         monitor.command(
             "blockdev-add",
@@ -105,7 +105,9 @@ def _unlink(holding: Holding, mount: Path | None) -> bool:
 
 
 def serving(holding: Holding) -> bool:
-    """Whether the front daemon lives and its mount answers."""
+    """Whether the front daemon lives, serves the present back and not one that is gone, and has its mount."""
+    if holding.runtime.front_of != holding.runtime.incarnation:
+        return False
     if holding.front is None or not holding.runtime.mount or not holding.device_link.is_symlink():
         return False
     return mounted(Path(holding.runtime.mount)) and os.readlink(holding.device_link) == holding.runtime.mount

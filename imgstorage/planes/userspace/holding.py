@@ -32,13 +32,15 @@ from imgstorage.tools.storage_daemon import Daemon
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
     """The daemons of one volume. Each incarnation of the back has a new NBD socket: a client of a dead one must
-    fail for good, because writes that it had acknowledged and not flushed are gone. ``transfer`` serves a way back.
+    fail for good, because writes that it had acknowledged and not flushed are gone. ``front_of`` is the incarnation
+    that the front is a client of. ``transfer`` serves a way back.
     """
 
     incarnation: int = 0
     back: Daemon | None = None
     nbd: str = ""
     front: Daemon | None = None
+    front_of: int = 0
     mount: str = ""
     transfer: Daemon | None = None
 
