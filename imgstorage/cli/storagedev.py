@@ -34,8 +34,8 @@ COLUMNS = (
         value=lambda row: row[1].device.size_bytes, shown=True, also=("size",),
     ),
     Column(
-        name="BLOCK DEV", help="the remote disk below it; empty once it is local",
-        text=lambda row: row[1].device.block_device, shown=True,
+        name="BLOCK DEV", help="the remote disk below it; empty once it is local; TARGET names it whole",
+        text=lambda row: urlsplit(row[1].device.block_device).scheme or row[1].device.block_device, shown=True,
     ),
     Column(
         name="IS STARTED", help="1 while it merges", text=lambda row: "1" if row[1].device.started else "",
@@ -48,6 +48,9 @@ COLUMNS = (
     Column(
         name="TIME", help="since the transfer began, h:mm:ss", text=lambda row: table.clock(row[1].elapsed_s),
         value=lambda row: row[1].elapsed_s, shown=True,
+    ),
+    Column(
+        name="TARGET", help="the remote disk's whole name", text=lambda row: row[1].device.block_device
     ),
     Column(name="DEVICE", help="what a virtual machine opens", text=lambda row: row[1].device.path),
     Column(name="NAS", help="where the volume is from", text=lambda row: row[1].device.nas),

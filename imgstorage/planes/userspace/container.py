@@ -429,7 +429,7 @@ class UserspaceContainer:
             status="" if record.pool is None else "snapshot" if syncing else "linear",
             block_device=remote if record.needs_nas else "",
             synced=f"{overlay}/{volume.size_bytes // 512} 0" if syncing else "",
-            started=syncing and holding.hydrating.wanted,
+            started=False,  # there is nothing to merge: what is copied lies below the overlay
             generation=record.grant.generation,
             nas=record.grant.nas,
             pool=volume.pool,
