@@ -109,7 +109,7 @@ def _tell(show: Show, stage: Stage, source: Path | None, size_bytes: int, *, kee
 
 def _fail(show: Show, stage: Stage | None, error: ImgStorageError) -> None:
     if stage is not None:
-        show.output(stage.log_ends())
+        show.output(stage.complaints())
     show.error(f"error: {error}")
     if error.hint:
         show.error(f"try: {error.hint}")

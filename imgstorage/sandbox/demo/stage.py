@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import signal
 import sys
@@ -36,6 +37,7 @@ COMMAND_S = 900.0
 RESTART_S = 30.0
 LOOK_EVERY_S = 0.05
 PROGRAMS = {NAS: "img-storage-nas", CONTAINER: "img-storage-vm"}
+_COMPLAINT = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b|^Traceback|^\w+Error")
 _ENTRY = "import sys; from imgstorage.cli.main import {program}; sys.exit({program}())"
 
 
@@ -152,13 +154,14 @@ class Stage:
 
     # -- the end
 
-    def log_ends(self, lines: int = 6) -> str:
-        """The ends of all logs, for someone who wants to know what went wrong."""
+    def complaints(self, lines: int = 6) -> str:
+        """What the logs have of warnings and errors, for someone who wants to know what went wrong."""
         parts = []
         for path in (self.sandbox / "supervisor.log", *sorted(self.sandbox.glob("*/log")), *self.folder.glob("*.err")):
             if path.is_file():
-                parts += [f"{path.relative_to(self.folder)}: {line}"
-                          for line in path.read_text(errors="replace").splitlines()[-lines:]]  # fmt: skip
+                text = path.read_text(errors="replace").splitlines()
+                bad = [line for line in text if path.suffix == ".err" or _COMPLAINT.search(line)]
+                parts += [f"{path.relative_to(self.folder)}: {line}" for line in bad[-lines:]]
         return "\n".join(parts)
 
     def take_down(self) -> list[str]:

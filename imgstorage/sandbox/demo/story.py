@@ -168,7 +168,7 @@ class Story:
         if not told.report.ok:
             raise ImgStorageError("verify_failed", str(told.report))
         if self._image.partition is not None:
-            self._show.command(f"e2fsck -fn {dump.name}   (its partition)")
+            self._show.command(f"e2fsck -fn '{dump}?offset={self._image.partition}'")
             self._show.output(check_file_system(dump, self._image.partition))
         dump.unlink()
 
