@@ -119,14 +119,18 @@ class Guest:
         self._persist(sequence, read)
 
     def _persist(self, sequence: int, do: Callable[[Disk], None]) -> None:
-        """Do it, again with a reopened device for as long as it fails and nobody asks us to stop."""
+        """Do it, again with a reopened device while it fails and nobody asks us to stop. Raises ``timeout``."""
+        until = time.monotonic() + self._away_s
         while (disk := self._opened(sequence)) is not None:
             try:
                 do(disk)
                 return
             except OSError as problem:
                 self._log.line("error", sequence, f"{time.monotonic() - self._began:.3f}", problem)
+                if time.monotonic() > until:
+                    raise ImgStorageError("timeout", f"the device goes on failing: {problem}") from problem
             self._close()
+            time.sleep(LOOK_EVERY_S)  # what failed may be offered until its death is noticed
 
     def _opened(self, sequence: int = 0) -> Disk | None:
         """The disk, opened again if need be; None if we are to stop and have none. Raises ``timeout``."""

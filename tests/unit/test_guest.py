@@ -285,6 +285,18 @@ def test_a_guest_opens_its_disk_again_and_repeats_what_failed(
     assert check([log], image, base).ok
 
 
+def test_a_guest_gives_up_on_a_disk_that_goes_on_failing(
+    image: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BreakingDisk, "failures", ["write"] * 1000, raising=False)
+    monkeypatch.setattr(guest, "open_disk", BreakingDisk)
+    lines = LogWriter(log)
+    with pytest.raises(ImgStorageError, match="goes on failing"):
+        Guest(lambda: str(image), lines, seed=1, length=RANGE, away_s=0.2).run()
+    lines.close()
+    assert 2 <= len(read_logs([log]).errors) < 20
+
+
 @pytest.fixture
 def writer(tmp_path: Path, image: Path, log: Path) -> Iterator[Writer]:
     with Writer(client_config=tmp_path / "none", container="compute-0-0", volume="vol1", log=log, length=RANGE,
