@@ -338,7 +338,8 @@ class Cluster:
 
     def record(self, volume: str, container: str, name: str = "state.json") -> dict[str, Any]:
         """What a container has written down about a volume; empty if there is nothing."""
-        for path in (self.folder / container / "pools").glob("*/*/state.json"):
+        folder = self.folder / container
+        for path in [*(folder / "pools").glob("*/*/state.json"), *(folder / "state/direct").glob("*/state.json")]:
             try:
                 state = json.loads(path.read_bytes())
                 if state["grant"]["volume"]["name"] == volume:
@@ -448,7 +449,7 @@ class Cluster:
     @staticmethod
     def _held(folder: Path) -> list[str]:
         found = []
-        for volume in (folder / "pools").glob("*/*"):
+        for volume in [*(folder / "pools").glob("*/*"), *(folder / "state/direct").glob("*")]:
             if volume.name.startswith("."):
                 found += [f"in the trash: {path}" for path in volume.iterdir()]
                 continue

@@ -20,6 +20,8 @@ from imgstorage.core.post import Letter
 
 log = logging.getLogger(__name__)
 
+DAEMONS = {Role.NAS: "img-storage-nas", Role.CONTAINER: "img-storage-vm"}
+
 
 class BusPost:
     """A daemon's post. ``on_letter`` is called in one thread, letter by letter; what it raises dead-letters the letter.
@@ -69,17 +71,17 @@ class BusPost:
             exchange, key = REQUESTS, topology.request_key(to)
         reply_to = topology.reply_key(self._party)
         body = encode(message)
-        self._send(exchange, key, body, host, correlation=correlation, reply_to=reply_to)
+        self._send(exchange, key, body, to, correlation=correlation, reply_to=reply_to)
 
     def command(self, container: HostName, message: Message) -> None:
         """Of a NAS: tell a container. Raises ``unreachable`` at once."""
         to = topology.container(container)
-        self._send(COMMANDS, topology.command_key(to, self._party), encode(message), container)
+        self._send(COMMANDS, topology.command_key(to, self._party), encode(message), to)
 
     def report(self, nas: HostName, message: Message) -> None:
         """Of a container: tell a NAS. Raises ``unreachable`` at once."""
         to = topology.nas(nas)
-        self._send(EVENTS, topology.event_key(self._party, to), encode(message), nas)
+        self._send(EVENTS, topology.event_key(self._party, to), encode(message), to)
 
     def answer(self, letter: Letter, message: Message) -> None:
         """Answer a letter, if it expects one."""
@@ -97,13 +99,19 @@ class BusPost:
         self.bus.send(EVENTS, key, encode(message))
 
     def _send(
-        self, exchange: str, key: str, body: bytes, host: str, *, correlation: str = "", reply_to: str = ""
+        self, exchange: str, key: str, body: bytes, to: Party, *, correlation: str = "", reply_to: str = ""
     ) -> None:
         try:
             self.bus.send(exchange, key, body, correlation=correlation, reply_to=reply_to, mandatory=True)
         except ImgStorageError as error:
             if error.code == "unreachable":
-                raise ImgStorageError("unreachable", "its daemon is not connected", host=host) from error
+                daemon = DAEMONS[to.role]
+                raise ImgStorageError(
+                    "unreachable",
+                    f"{daemon} is not connected",
+                    host=to.host,
+                    hint=f"start {daemon} on {to.host}; imgstorage list host shows who is connected",
+                ) from error
             raise
 
     def _arrived(self, delivery: Delivery) -> Verdict:

@@ -108,32 +108,33 @@ def add(call: Call) -> int:
     )
     what = f"{request.pool} / {request.volume}"
     with frontend(call) as door, Watch(f"mapping {request.pool}/{request.volume}") as watch:
-        answer = _begin_map(door, request, size_bytes)
+        answer, new = _begin_map(door, request, size_bytes)
         print(f"mapping  {request.nas} : {what}  on  {request.container}", flush=True)
         operation = answer.operation
         if answer.repeated:
             being = "" if operation.reached(Milestone.USABLE) else "being "
             say(f"{request.pool}/{request.volume} is already {being}mapped on {operation.container} ({operation.op})")
         operation = door.wait(operation, Milestone.USABLE, watch)
+        if new:
+            size = names.format_size(size_bytes)
+            say(f"{request.nas} has no {request.pool}/{request.volume}: a new, empty volume of {size} is created")
         print(operation.device, flush=True)
         if call.yes("wait", False):
             door.wait(operation, Milestone.DONE, watch)
     return EXIT_OK
 
 
-def _begin_map(door: Frontend, request: MapZvol, size_bytes: int) -> OperationAnswer:
-    """Map what is there; only if it is not there, create it, and say so: a mistyped name is a new volume."""
+def _begin_map(door: Frontend, request: MapZvol, size_bytes: int) -> tuple[OperationAnswer, bool]:
+    """Map what is there; only if it is not there, create it, which is said once it is true: a mistyped name is a
+    new volume."""
     try:
-        return door.begin(request, request.op, request.expires_at)
+        return door.begin(request, request.op, request.expires_at), False
     except ImgStorageError as error:
         if error.code != "not_found":
             raise
     request = replace(request, size_bytes=size_bytes, expires_at=expiry())
     answer = door.begin(request, request.op, request.expires_at)
-    if not answer.repeated:
-        size = names.format_size(size_bytes)
-        say(f"{request.nas} has no {request.pool}/{request.volume}: a new, empty volume of {size} is created")
-    return answer
+    return answer, not answer.repeated
 
 
 def _mode(call: Call) -> Mode | None:

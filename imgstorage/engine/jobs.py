@@ -113,6 +113,8 @@ class Jobs:
         return False
 
     def _fail(self, op: OpId, error: ImgStorageError) -> None:
+        if error.host not in ("", self._host):  # the operation is the NAS's, but this happened elsewhere
+            error = ImgStorageError(error.code, str(error), hint=error.hint)
         with self._records.write():
             self._book.reach(op, Milestone.FAILED, error.message, error=error)
 

@@ -208,7 +208,7 @@ class Requests:
             raise self._no_volume(pool or "", name)
         if len(found) > 1:
             pools = ", ".join(str(volume) for volume in found)
-            raise ImgStorageError("ambiguous", f"{name} may be {pools}", hint="say which with pool=")
+            raise ImgStorageError("ambiguous", f"{name} may be {pools}", hint="say which with zpool=")
         return found[0]
 
     def _no_volume(self, pool: str, name: str) -> ImgStorageError:

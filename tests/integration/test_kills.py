@@ -51,6 +51,12 @@ def kill(cluster: Cluster, kind: str, volume: str, container: str) -> None:
     cluster.kill(kind, volume, container)
 
 
+def failed_writes(cluster: Cluster, volume: str) -> int:
+    """How many writes the guest saw fail; one that fails again until the device is back counts once."""
+    lines = [line.split() for line in cluster.guest_log(volume).read_text().splitlines()]
+    return len({words[1] for words in lines if words[0] == "error"})
+
+
 @pytest.mark.parametrize(("kind", "moment"), cases(SYNC, SYNC_MOMENTS))
 def test_in_sync_mode(cluster: Cluster, kind: str, moment: str) -> None:
     volume, image = cluster.imported()
@@ -82,7 +88,7 @@ def test_in_sync_mode(cluster: Cluster, kind: str, moment: str) -> None:
     assert cluster.wait_state(volume, "unmapped")["error"] in ("", None)
     report = cluster.verify(volume, image)
     assert report.writes >= 70
-    assert len(seen.errors) <= (1 if kind in DEVICE else 0), seen.errors
+    assert failed_writes(cluster, volume) <= (1 if kind in DEVICE else 0), seen.errors
 
 
 @pytest.mark.parametrize(("kind", "moment"), cases(DIRECT, DIRECT_MOMENTS))
@@ -111,4 +117,4 @@ def test_in_direct_mode(cluster: Cluster, kind: str, moment: str) -> None:
     cluster.wait_state(volume, "unmapped")
     report = cluster.verify(volume, image)
     assert report.writes >= 70
-    assert len(seen.errors) <= (1 if kind in DEVICE else 0), seen.errors
+    assert failed_writes(cluster, volume) <= (1 if kind in DEVICE else 0), seen.errors

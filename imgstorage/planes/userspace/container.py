@@ -157,9 +157,9 @@ class UserspaceContainer:
             return None
         layout.check_overlay_size(volume.size_bytes)
         chosen = self._choose(pool)
-        state_of = self._holdings.get(volume.uuid)
-        if state_of is None or state_of.record is None:
-            state.refuse_foreign(self._folder(volume.name, chosen))
+        folder = self._folder(volume.name, chosen)
+        if all(holding.folder != folder for holding in self._all()):  # a cache there makes way when it is taken
+            state.refuse_foreign(folder)
         space.make_room(self._settings, self._all(), volume, chosen)
         return chosen
 
