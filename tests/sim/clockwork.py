@@ -51,6 +51,7 @@ class Clockwork:
         self.now_s = START_S
         self.interleave = 0.0
         self.kill = 0.0
+        self.fuse: tuple[str, int] | None = None
         self.killed: Callable[[Process], None] = lambda process: None
         self.after_each: Callable[[], None] = lambda: None
         self.errors: list[str] = []
@@ -104,9 +105,16 @@ class Clockwork:
         process.check()
 
     def maybe_kill(self, process: Process) -> None:
-        """A place where a process may be killed, but where nobody else can come first."""
+        """A place where a process may be killed, but where nobody else can come first.
+
+        ``fuse`` names a host and counts down its places: at the last one it is killed.
+        """
         process.check()
-        if self.kill and self.dice.random() < self.kill:
+        burnt = False
+        if self.fuse is not None and process.name.startswith(self.fuse[0]):
+            name, left = self.fuse
+            self.fuse, burnt = (name, left - 1), left == 1
+        if burnt or (self.kill and self.dice.random() < self.kill):
             process.alive = False
             self.killed(process)
         process.check()

@@ -31,9 +31,9 @@ class MemoryNas:
     def stop(self) -> None:
         self._disk.targets.clear()
 
-    def tend(self) -> Sequence[str]:
+    def tend(self) -> bool:
         self._point("tend")
-        return []
+        return False
 
     def pools(self) -> Sequence[Pool]:
         return [Pool(name=name, size_bytes=size, free_bytes=size) for name, size in self._disk.pools.items()]

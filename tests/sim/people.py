@@ -10,6 +10,7 @@ from imgstorage.core.mapping import Mode, Volume
 from imgstorage.core.messages import (
     AddZvol,
     DelZvol,
+    DumpZvol,
     ErrorAnswer,
     ListDev,
     ListZvols,
@@ -98,6 +99,11 @@ class Operators:
         return self.send(AddZvol(
             op=self.new_op(), nas=NASES[0], pool=TANK, volume=name, expires_at=self.expires(),
             size_bytes=None if image else SIZE, image=image,
+        ))  # fmt: skip
+
+    def dump(self, name: VolumeName, path: str) -> OpId:
+        return self.send(DumpZvol(
+            op=self.new_op(), nas=NASES[0], pool=TANK, volume=name, path=path, expires_at=self.expires(),
         ))  # fmt: skip
 
     def delete(self, name: VolumeName) -> OpId:

@@ -59,15 +59,15 @@ def settle(cluster: Cluster, operators: Operators, guests: Guests) -> None:
     clock = cluster.clockwork
     operators.working = False
     cluster.calm()
+    clock.forward(70.0)  # whatever was typed has arrived, or is too old
     assert clock.forward_until(cluster.at_rest, 400.0), [
         *cluster.nas_store.unfinished(), *cluster.nas_store.mappings(), *cluster.nas_store.releases(),
     ]  # fmt: skip
     guests.leave()
-    for _ in range(3):
-        for mapping in cluster.nas_store.mappings():
-            volume = cluster.nas_store.volume(mapping.volume)
-            if volume is not None and mapping.phase is not Phase.QUARANTINED:
-                operators.send_unmap_of(volume)
+    for mapping in cluster.nas_store.mappings():
+        volume = cluster.nas_store.volume(mapping.volume)
+        if volume is not None and mapping.phase is not Phase.QUARANTINED:
+            operators.answer(operators.send_unmap_of(volume))
         assert clock.forward_until(cluster.at_rest, 400.0), list(cluster.nas_store.unfinished())
     clock.forward(130.0)  # until every timer of what is over has run out
 
