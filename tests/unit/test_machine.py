@@ -195,7 +195,7 @@ def test_direct_all_the_way() -> None:
     assert phases == [P.EXPORTING, P.ATTACHING, P.ATTACHED, P.DETACHING, P.IDLE]
     assert told == [
         (MAP_OP, M.ACCEPTED), (MAP_OP, M.USABLE), (MAP_OP, M.DONE),
-        (UNMAP_OP, M.ACCEPTED), (UNMAP_OP, M.LET_GO), (UNMAP_OP, M.DONE),
+        (UNMAP_OP, M.ACCEPTED), (UNMAP_OP, M.DONE),
     ]  # fmt: skip
     assert now == replace(IDLE, generation=G1)
 

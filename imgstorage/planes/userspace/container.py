@@ -424,7 +424,7 @@ class UserspaceContainer:
         return Device(
             volume=volume.uuid,
             name=volume.name,
-            path=holding.device_path,
+            path=str(holding.device_link) if self._fuse else holding.device_path,
             size_bytes=volume.size_bytes,
             status="" if record.pool is None else "snapshot" if syncing else "linear",
             block_device=remote if record.needs_nas else "",
