@@ -97,6 +97,36 @@ class Bench:
     def tell_nas(self, message: Message, role: Role = Role.CONTAINER, host: str = HOME) -> None:
         self.cluster.nas.receive(self.letter(message, role, host))
 
+    def deaf(self, address: str, *kinds: type[Message]) -> list[Message]:
+        """From now on a daemon does not hear messages of these classes; they are kept."""
+        station, kept = self.cluster.network.stations[address], []
+        hear = station.receive
+
+        def receive(letter: Letter) -> None:
+            if isinstance(letter.message, kinds):
+                kept.append(letter.message)
+            else:
+                hear(letter)
+
+        station.receive = receive
+        return kept
+
+    def before(self, address: str, kind: type[Message], act: Callable[[], object]) -> None:
+        """Something happens just before a daemon hears a message of a class."""
+        station = self.cluster.network.stations[address]
+        hear = station.receive
+
+        def receive(letter: Letter) -> None:
+            if isinstance(letter.message, kind):
+                act()
+            hear(letter)
+
+        station.receive = receive
+
+    def hearing(self, address: str) -> None:
+        """It hears everything again."""
+        self.cluster.network.stations[address].receive = self.cluster.hosts[address].engine.receive
+
     def assert_bytes(self, name: VolumeName = VOL) -> None:
         file = self.file(name)
         model = self.guests.model.get(file.volume.uuid, {})
