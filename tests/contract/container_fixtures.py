@@ -198,11 +198,21 @@ class World:
         self.container.release(self.uuid, self.generation, version)
         return version
 
-    def next_grant(self, version: str) -> None:
-        """The volume, granted again."""
+    def next_grant(self, version: str, written: str = "") -> None:
+        """The volume, which is this version now, granted again; as ``written`` after a writable grant in between."""
+        if written:
+            self.grant = replace(
+                self.grant,
+                volume=replace(self.grant.volume, version=written, parent_version=version),
+                mode=Mode.DIRECT,
+                generation=Generation(counter=self.generation.counter + 1, grant=os.urandom(4).hex()),
+            )
+            self.stamp("attached")
+            self.stamp("idle")
         self.grant = replace(
             self.grant,
-            volume=replace(self.grant.volume, version=version),
+            volume=replace(self.grant.volume, version=written or version),
+            mode=Mode.SYNC,
             generation=Generation(counter=self.generation.counter + 1, grant=os.urandom(4).hex()),
             portal=None,
         )

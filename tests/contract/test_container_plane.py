@@ -119,8 +119,7 @@ def test_a_cache_of_another_version_is_not_used(world: World) -> None:
     world.attach()
     world.make_local()
     world.detach()
-    world.write_back()
-    world.next_grant("an-entirely-different-version")
+    world.next_grant(world.write_back(), written="an-entirely-different-version")
     world.attach()
     assert world.device().status == "snapshot"
     assert world.hydrate().wire_bytes > MIB
