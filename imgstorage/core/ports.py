@@ -12,6 +12,8 @@ qemu-storage-daemon) and ``planes/kernel`` (zvols, tgt or LIO, open-iscsi, devic
   once; ``progress`` tells how far it is. A copy that stopped for want of space reports ``paused``, and
   goes on by itself when there is room.
 * Errors are :class:`imgstorage.core.errors.ImgStorageError`; ``retry`` says whether the engine tries again.
+* ``lost_copy`` is said of a copy only if everything here can be read, for it is quarantined then: while a pool is
+  away, or a record cannot be read, the answer is ``failed``.
 """
 
 from __future__ import annotations

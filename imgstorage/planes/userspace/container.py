@@ -122,9 +122,10 @@ class UserspaceContainer:
             return [holding for holding in self._holdings.values() if holding.record is not None]
 
     def _find(self, volume: VolumeUuid, generation: Generation) -> Holding:
-        """The holding of this grant. Raises ``lost_copy``, ``stale_generation``."""
+        """The holding of this grant. Raises ``lost_copy``, ``stale_generation``, ``failed``."""
         holding = self._holdings.get(volume)
         if holding is None or holding.record is None:
+            self._refuse_unknown(volume)
             raise ImgStorageError("lost_copy", f"nothing of volume {volume} is here", host=self._settings.host)
         if holding.record.grant.generation != generation:
             raise self._stale(holding.record, generation)
@@ -364,6 +365,7 @@ class UserspaceContainer:
         """The answer for a grant of which no record is here. Raises ``lost_copy`` if there must have been one, or
         if not everything here can be read.
         """
+        self._refuse_unknown(volume)
         seen = files.read_json(self._seen_dir / f"{volume}.json", Seen)
         if seen is not None and seen.generation == generation and not seen.closed:
             raise ImgStorageError(
@@ -371,14 +373,17 @@ class UserspaceContainer:
                 f"volume {volume} was attached here under {generation}; its copy is not there",
                 host=self._settings.host,
             )
+        self._see(volume, Seen(generation=generation, closed=True))
+        return Held.NOTHING
+
+    def _refuse_unknown(self, volume: VolumeUuid) -> None:
+        """Raise ``failed`` if not everything here can be read: a pool that is away has lost nothing."""
         self._find_holdings()
         if self._unknown:
             where, why = next(iter(self._unknown.items()))
             raise ImgStorageError(
                 "failed", f"what is here of volume {volume} is not known: {where}: {why}", host=self._settings.host
             )
-        self._see(volume, Seen(generation=generation, closed=True))
-        return Held.NOTHING
 
     def _in_use(self, record: CopyRecord, found: Sequence[str]) -> ImgStorageError:
         return ImgStorageError(
