@@ -20,97 +20,22 @@ expired        ``expired``: judged once, when the request is accepted
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from enum import Enum
-from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
+from dataclasses import dataclass
 
-import msgspec
-
-from imgstorage.core import names
 from imgstorage.core.errors import CODES, ImgStorageError
 from imgstorage.core.mapping import Generation, Held, Mode, Volume
+from imgstorage.core.message import CATALOGUE as CATALOGUE  # noqa: PLC0414
+from imgstorage.core.message import Message as Message  # noqa: PLC0414
+from imgstorage.core.message import Role as Role  # noqa: PLC0414
+from imgstorage.core.message import Timeout as Timeout  # noqa: PLC0414
+from imgstorage.core.message import declare as _declare
 from imgstorage.core.names import HostName, OpId, PoolName, VolumeName, VolumeUuid
 from imgstorage.core.operations import Operation
 from imgstorage.core.ports import Device, Grant, Pool, Progress, ReturnPort
-
-PROTOCOL_VERSION = 1
-MAX_BODY_BYTES = 1 << 20
-
-
-class Role(str, Enum):
-    """Who speaks: a command line, or one of the three daemons."""
-
-    OPERATOR = "operator"
-    FRONTEND = "frontend"
-    NAS = "nas"
-    CONTAINER = "container"
-
-
-class Timeout(float, Enum):
-    """How long an asker waits for the answer, in seconds. Long work is answered with an operation id at once."""
-
-    QUICK = 10.0
-    ACCEPT = 30.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Message:
-    """Base of all messages. Names in fields are checked whenever one is made or decoded."""
-
-    action: ClassVar[str] = ""
-    senders: ClassVar[frozenset[Role]] = frozenset()
-    timeout: ClassVar[Timeout] = Timeout.QUICK
-    answer: ClassVar[type[Message] | None] = None
-
-    def __post_init__(self) -> None:
-        for name, check in _checks(type(self)):
-            value = getattr(self, name)
-            if value is not None:
-                check(value)
-
-
-Check = Callable[[str], str]
-_CHECKED: dict[Any, Check] = {
-    HostName: names.host_name,
-    PoolName: names.pool_name,
-    VolumeName: names.volume_name,
-    VolumeUuid: names.volume_uuid,
-    OpId: names.op_id,
-}
-_cache: dict[type, tuple[tuple[str, Check], ...]] = {}
-
-
-def _checks(kind: type[Message]) -> tuple[tuple[str, Check], ...]:
-    """The fields of a message class that hold names, with what checks them."""
-    if kind not in _cache:
-        hints = get_type_hints(kind)
-        found = []
-        for field in fields(kind):
-            hint = hints[field.name]
-            for option in (hint, *get_args(hint)):
-                if option in _CHECKED:
-                    found.append((field.name, _CHECKED[option]))
-        _cache[kind] = tuple(found)
-    return _cache[kind]
-
-
-CATALOGUE: dict[str, type[Message]] = {}
-_Kind = TypeVar("_Kind", bound=type[Message])
-
-
-def _declare(
-    action: str, *senders: Role, timeout: Timeout = Timeout.QUICK, answer: type[Message] | None = None
-) -> Callable[[_Kind], _Kind]:
-    """Enter a message class in the catalogue under its action name, with who may send it and what answers it."""
-
-    def enter(kind: _Kind) -> _Kind:
-        kind.action, kind.senders, kind.timeout, kind.answer = action, frozenset(senders), timeout, answer
-        CATALOGUE[action] = kind
-        return kind
-
-    return enter
-
+from imgstorage.core.wire import MAX_BODY_BYTES as MAX_BODY_BYTES  # noqa: PLC0414
+from imgstorage.core.wire import PROTOCOL_VERSION as PROTOCOL_VERSION  # noqa: PLC0414
+from imgstorage.core.wire import decode as decode  # noqa: PLC0414
+from imgstorage.core.wire import encode as encode  # noqa: PLC0414
 
 ANY = (Role.FRONTEND, Role.NAS, Role.CONTAINER)
 ASKERS = (Role.OPERATOR, Role.FRONTEND)
@@ -520,48 +445,3 @@ class OperationChanged(Message):
     """An operation went on."""
 
     operation: Operation
-
-
-# -- the wire
-
-
-class _Envelope(msgspec.Struct):
-    v: int
-    type: str
-    body: msgspec.Raw
-
-
-_decoders: dict[type[Message], msgspec.json.Decoder[Any]] = {}
-_envelope = msgspec.json.Decoder(_Envelope)
-_encoder = msgspec.json.Encoder()
-
-
-def encode(message: Message) -> bytes:
-    """The bytes of a message. Raises ``bad_message`` if they are more than ``MAX_BODY_BYTES``."""
-    body = _encoder.encode({"v": PROTOCOL_VERSION, "type": message.action, "body": message})
-    if len(body) > MAX_BODY_BYTES:
-        raise ImgStorageError("bad_message", f"a {message.action} message of {len(body)} bytes is too long to send")
-    return body
-
-
-def decode(body: bytes) -> Message:
-    """The message in ``body``, checked. Raises ``bad_message``, ``version_mismatch``, ``bad_name``."""
-    if len(body) > MAX_BODY_BYTES:
-        raise ImgStorageError("bad_message", f"a message of {len(body)} bytes is over {MAX_BODY_BYTES}")
-    try:
-        envelope = _envelope.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ImgStorageError("bad_message", f"not a message: {error}") from None
-    if envelope.v != PROTOCOL_VERSION:
-        raise ImgStorageError(
-            "version_mismatch", f"a message of protocol version {envelope.v}; this is version {PROTOCOL_VERSION}"
-        )
-    kind = CATALOGUE.get(envelope.type)
-    if kind is None:
-        raise ImgStorageError("bad_message", f"unknown message type {envelope.type[:60]!r}")
-    decoder = _decoders.setdefault(kind, msgspec.json.Decoder(kind))
-    try:
-        message: Message = decoder.decode(envelope.body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ImgStorageError("bad_message", f"a malformed {envelope.type} message: {error}") from None
-    return message

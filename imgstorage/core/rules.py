@@ -151,8 +151,8 @@ SYNC: tuple[Spec, ...] = (
           note="{m.container} holds nothing"),
     _rule(P.DETACHING, ev.Detached, to=P.QUARANTINED, steps=(S.UNEXPORT,), owner=Owner.NOBODY, tell=ALL_FAIL,
           note="{m.container} no longer knows the copy it was given"),
-    _rule((P.HYDRATING, P.MERGING, *GOING), ev.Failed, when="lost", to=P.QUARANTINED, steps=(S.UNEXPORT,), owner=Owner.NOBODY, tell=ALL_FAIL,
-          note="quarantined: {e.message}"),
+    _rule((P.HYDRATING, P.MERGING, *GOING), ev.Failed, when="lost", to=P.QUARANTINED, steps=(S.UNEXPORT,),
+          owner=Owner.NOBODY, tell=ALL_FAIL, note="quarantined: {e.message}"),
     # it said "in use", and had let go when it was asked once more: it never takes the same grant again
     _rule(P.PULLING, ev.Detached, when="verified", note="{m.container} has let go; the pull is applied first"),
     _rule(HELD, ev.Detached, when="holds the whole volume", to=P.WRITING_BACK, steps=(S.UNEXPORT, S.OPEN_RETURN),
