@@ -470,8 +470,8 @@ class Cluster:
 class Clusters:
     """The sandbox of a session (per worker), made at its first use, and anew after a test has spoilt it."""
 
-    def __init__(self, factory: pytest.TempPathFactory) -> None:
-        self._factory = factory
+    def __init__(self, factory: pytest.TempPathFactory, hosts: str | None = HOSTS) -> None:
+        self._factory, self._hosts = factory, hosts
         self.current: Cluster | None = None
 
     def get(self) -> Cluster:
@@ -481,7 +481,7 @@ class Clusters:
         if self.current is None:
             folder = self._factory.mktemp("sb")
             folder.rmdir()
-            self.current = Cluster(folder)
+            self.current = Cluster(folder, self._hosts)
             self.current.up()
             self.current.slow_down()
         self.current.ensure_up()
@@ -501,10 +501,9 @@ def _clusters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clusters]:
     assert not left, f"the sandbox left: {left}"
 
 
-@pytest.fixture
-def cluster(_clusters: Clusters) -> Iterator[Cluster]:
-    """The session's sandbox, all running; after the test every volume goes, and nothing may be left."""
-    found = _clusters.get()
+def used(clusters: Clusters) -> Iterator[Cluster]:
+    """One test's use of the sandbox: all runs before; after it every volume goes, and nothing may be left."""
+    found = clusters.get()
     found.spoilt = "the test has not come to its end"
     yield found
     found.ensure_up()
@@ -512,6 +511,12 @@ def cluster(_clusters: Clusters) -> Iterator[Cluster]:
     left = found.leftovers()
     assert not left, "left: " + "; ".join(left)
     found.spoilt = ""
+
+
+@pytest.fixture
+def cluster(_clusters: Clusters) -> Iterator[Cluster]:
+    """The session's sandbox, all running; after the test every volume goes, and nothing may be left."""
+    yield from used(_clusters)
 
 
 @pytest.hookimpl(wrapper=True)
