@@ -203,10 +203,10 @@ def test_detached_with_a_pid_file_and_a_log_until_it_is_told_to_stop(own: Own) -
 def test_a_pid_file_left_by_a_kill_does_not_keep_the_next_from_starting(own: Own) -> None:
     assert own.start().exit_status == 0
     killed = own.wait_pid()
+    tgtd = until("its target daemon runs", own.target_pid, 10.0)
     os.kill(killed, signal.SIGKILL)
     assert run.wait_gone(killed, 10.0)
     assert own.pid_file.read_text().strip() == str(killed)
-    tgtd = own.target_pid()
 
     again = own.start()
     assert again.exit_status == 0, again
