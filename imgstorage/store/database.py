@@ -99,19 +99,26 @@ class Database:
         return rows[0] if rows else None
 
     def upsert(self, table: str, row: Mapping[str, object], *keys: str) -> None:
-        """Insert the row, or replace what has the same key."""
-        with self.write():
-            self.db.table(table).upsert(dict(row), pk=keys if len(keys) > 1 else keys[0])
+        """Insert the row, or change what has the same key."""
+        changes = ", ".join(f'"{name}" = excluded."{name}"' for name in row if name not in keys)
+        self._insert(table, row, f"ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {changes}")
 
     def delete(self, table: str, where: str, *parameters: object) -> None:
         """Delete the rows that a condition names."""
         with self.write():
-            self.db.table(table).delete_where(where, list(parameters))
+            self.db.conn.execute(f'DELETE FROM "{table}" WHERE {where}', parameters)  # noqa: S608 - our own words
 
     def insert(self, table: str, row: Mapping[str, object]) -> None:
         """Append a row."""
+        self._insert(table, row, "")
+
+    def _insert(self, table: str, row: Mapping[str, object], conflict: str) -> None:
+        # Written out, because sqlite-utils asks SQLite what it can do by making a table, and believes on a full disk
+        # that it can do nothing: its way round is INSERT OR IGNORE, which then drops rows without an error.
+        names, marks = ", ".join(f'"{name}"' for name in row), ", ".join("?" * len(row))
+        sql = f'INSERT INTO "{table}" ({names}) VALUES ({marks}) {conflict}'  # noqa: S608 - our own words
         with self.write():
-            self.db.table(table).insert(dict(row))
+            self.db.conn.execute(sql, list(row.values()))
 
     def close(self) -> None:
         """Close the file."""
