@@ -11,9 +11,10 @@ from __future__ import annotations
 import configparser
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from imgstorage.core import names
@@ -21,6 +22,7 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.names import HostName, PoolName
 
 CONFIG_DIR = Path("/etc/imgstorage")
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -171,15 +173,27 @@ class Section:
         found: dict[HostName, bool] = {}
         for name in self._values:
             if name.startswith(f"{key}."):
-                found[names.host_name(name.removeprefix(f"{key}."))] = self.yes(name, False)
+                found[self._checked(name, names.host_name, name.removeprefix(f"{key}."))] = self.yes(name, False)
         return found
 
     def host(self, key: str) -> HostName:
         """A host name."""
+        return self._checked(key, names.host_name, self.text(key))
+
+    def hosts(self, key: str) -> tuple[HostName, ...]:
+        """Host names; none if the field is absent."""
+        return tuple(self._checked(key, names.host_name, word) for word in self.words(key))
+
+    def pool(self, key: str, default: str | None) -> PoolName | None:
+        """A pool's name; None if there is neither the field nor a default."""
+        value = self.text(key, default or "-")
+        return None if value == "-" else self._checked(key, names.pool_name, value)
+
+    def _checked(self, key: str, check: Callable[[str], Name], value: str) -> Name:
         try:
-            return names.host_name(self.text(key))
+            return check(value)
         except ImgStorageError as error:
-            raise error if error.code == "bad_config" else self.bad(key, error.message) from None
+            raise self.bad(key, error.message) from None
 
     def end(self) -> None:
         """Raises ``bad_config`` for a field nobody asked for: it is a typing error."""
@@ -207,13 +221,21 @@ def _section(path: Path, sections: dict[str, dict[str, str]], name: str) -> Sect
     return Section(path, name, sections.pop(name, {}))
 
 
+def _is_broker(url: str) -> bool:
+    """Whether a URL names a broker: its scheme, a host, and a port if there is one."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("amqp", "amqps") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the port is none, or the address
+        return False
+
+
 def _broker(section: Section) -> Broker:
     urls = section.words("urls")
     if not urls:
         raise section.bad("urls", "is missing")
     for url in urls:
-        parts = urlsplit(url)
-        if parts.scheme not in ("amqp", "amqps") or not parts.hostname:
+        if not _is_broker(url):
             raise section.bad("urls", f"{url!r} is not amqp://host:port or amqps://host:port")
     password_file = section.path("password_file")
     try:
@@ -222,6 +244,8 @@ def _broker(section: Section) -> Broker:
         password = password_file.read_text().strip()
     except OSError as error:
         raise section.bad("password_file", f"cannot read {password_file}: {error.strerror}") from None
+    except ValueError as error:
+        raise section.bad("password_file", f"cannot read {str(password_file)!r}: {error}") from None
     cacert = section.path("cacert", "/-")
     broker = Broker(urls, section.text("user"), password, None if cacert == Path("/-") else cacert)
     section.end()
@@ -275,12 +299,12 @@ def load_container(path: Path) -> ContainerConfig:
     daemon, container = _section(path, sections, "daemon"), _section(path, sections, "container")
     broker = _section(path, sections, "broker")
     pools = container.pools()
-    default = container.text("vm_container_zpool", next(iter(pools)) if len(pools) == 1 else "-")
+    default = container.pool("vm_container_zpool", next(iter(pools)) if len(pools) == 1 else None)
     config = ContainerConfig(
         **_common(daemon, broker),  # type: ignore[arg-type]
         plane=container.choice("plane", ("userspace",), "userspace"),
         pools=pools,
-        default_pool=None if default == "-" else names.pool_name(default),
+        default_pool=default,
         run_dir=container.path("run_dir", "/run/imgstorage"),
         fuse=container.choice("fuse", ("auto", "on", "off"), "auto"),
         copy_speed_bytes_s=container.size("copy_speed", 0),
@@ -300,8 +324,8 @@ def load_frontend(path: Path) -> FrontendConfig:
     broker = _section(path, sections, "broker")
     config = FrontendConfig(
         **_common(daemon, broker),  # type: ignore[arg-type]
-        nas_hosts=tuple(names.host_name(word) for word in frontend.words("nas_hosts")),
-        container_hosts=tuple(names.host_name(word) for word in frontend.words("container_hosts")),
+        nas_hosts=frontend.hosts("nas_hosts"),
+        container_hosts=frontend.hosts("container_hosts"),
         img_sync=frontend.yes("img_sync", False),
         img_sync_of=frontend.per_host("img_sync"),
     )

@@ -1,4 +1,7 @@
-"""The bytes of messages: ``{"v": protocol version, "type": action, "body": {...}}`` as JSON, checked when decoded."""
+"""The bytes of messages: ``{"v": protocol version, "type": action, "body": {...}}`` as JSON, checked when decoded.
+
+What ``decode`` knows is what was declared: whoever uses it imports ``core/messages.py`` (which offers it too).
+"""
 
 from __future__ import annotations
 
