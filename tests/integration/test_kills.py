@@ -111,7 +111,7 @@ def test_in_direct_mode(cluster: Cluster, kind: str, moment: str) -> None:
     if moment == "starting":
         cluster.wait_phase(volume, "exporting", "attaching")
         kill(cluster, kind, volume, FAST)
-    mapped = started(cluster, volume, mapping.result(), f"{NAS} tank {volume} {FAST} 1 img_sync=no")
+    started(cluster, volume, mapping.result(), f"{NAS} tank {volume} {FAST} 1 img_sync=no")
     with cluster.writer(volume, FAST) as writer:
         writer.wait_writes(20)
         if moment == "attached":
