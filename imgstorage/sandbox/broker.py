@@ -47,6 +47,7 @@ SERVERS = ("/usr/lib/rabbitmq/bin/rabbitmq-server", "rabbitmq-server")
 
 START_S = 60.0
 STOP_S = 15.0
+PORT_FREE_S = 5.0
 AMQP_HEADER = b"AMQP\x00\x00\x09\x01"
 _START_METHOD = bytes([0, 10, 0, 10])  # class 10 (connection), method 10 (start): AMQP 0-9-1, section 1.4.2.1
 
@@ -135,6 +136,8 @@ def _started(folder: Path, state: State, digest: str, server: str) -> State:
             _control(folder, state, "import_definitions", str(folder / "definitions.json"))
         return save(folder, replace(state, digest=digest))
     for port in (state.amqp_port, state.dist_port):
+        while not free(port) and time.monotonic() < until - START_S + PORT_FREE_S:
+            time.sleep(0.05)  # the last of a broker that was killed a moment ago
         if not free(port):
             hint = f"see: ss -ltnp sport = {port}"
             raise ImgStorageError("failed", f"port {port} of the message broker is used by another program", hint=hint)

@@ -70,15 +70,15 @@ class Monitor:
         self._client = QMPClient()
 
     def __enter__(self) -> Monitor:
-        until = time.monotonic() + RETRY_S
+        began, patience = time.monotonic(), RETRY_S
         while True:
             try:
-                self._loop.run_until_complete(
-                    asyncio.wait_for(self._client.connect(str(self._path)), CONNECT_TIMEOUT_S)
-                )
+                self._loop.run_until_complete(asyncio.wait_for(self._client.connect(str(self._path)), patience))
                 return self
             except (QMPError, OSError, EOFError, TimeoutError) as error:
-                if time.monotonic() > until:
+                patience = min(2 * patience, CONNECT_TIMEOUT_S)
+                nobody = isinstance(getattr(error, "exc", error), FileNotFoundError | ConnectionRefusedError)
+                if time.monotonic() - began > (RETRY_S if nobody else CONNECT_TIMEOUT_S):
                     self._close()
                     text = f"no monitor answers at {self._path}: {_sentence(error)}"
                     raise MonitorLost("failed", text) from error

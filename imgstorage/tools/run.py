@@ -142,14 +142,22 @@ def spawn(argv: Sequence[str], *, log_file: Path, env: Mapping[str, str] | None 
 def start_time(pid: int) -> int | None:
     """When a process started, in clock ticks since boot (proc(5), stat field 22); None if it is gone or a zombie.
 
-    Together with the pid this names one process for good: pids are used again.
+    Together with the pid this names one process for good: pids are used again. One whose first thread is dead
+    already is there as long as another thread is: its locks and ports are still taken.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
     fields = stat[stat.rindex(")") + 2 :].split()
-    return None if fields[0] in ("Z", "X") else int(fields[19])
+    if fields[0] in ("Z", "X"):
+        try:
+            threads = len(os.listdir(f"/proc/{pid}/task"))
+        except OSError:
+            return None
+        if threads <= 1:
+            return None
+    return int(fields[19])
 
 
 def wait_gone(pid: int, deadline_s: float) -> bool:
