@@ -108,9 +108,8 @@ def test_1_the_house() -> None:
     for command in ("add host storagemap", "list host storagemap", "list host storagedev", "remove host storagemap",
                     "remove host storageimg", "admin/demo", "admin/test"):  # fmt: skip
         assert command in readme, command
-    helped = run.run(["make", "-C", str(ROOT), "--no-print-directory", "help"]).stdout
-    for target in ("install", "demo", "test", "check", "docs", "clean"):
-        assert f"make {target}" in helped
+    targets = re.findall(r"^([a-z]+):.*## \w", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {"help", "install", "demo", "test", "check", "docs", "clean"} <= set(targets)
 
 
 def test_2_two_commands_say_what_they_do_and_have_locked_requirements() -> None:
