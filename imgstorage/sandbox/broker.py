@@ -130,8 +130,7 @@ def start_broker(folder: Path, definitions: Mapping[str, Any]) -> Broker:
 def _started(folder: Path, state: State, digest: str, server: str) -> State:
     until = time.monotonic() + START_S
     state = _adopted(folder, state)
-    if _alive(state.pid, state.pid_start):
-        _wait_ready(folder, state, until)
+    if _alive(state.pid, state.pid_start) and _becomes_ready(folder, state, until):
         if state.digest != digest:
             _control(folder, state, "import_definitions", str(folder / "definitions.json"))
         return save(folder, replace(state, digest=digest))
@@ -186,6 +185,17 @@ def _ended(folder: Path, state: State) -> State:
     if not free(state.epmd_port):  # an epmd whose starter was killed before it could write it down
         run.run(["epmd", "-port", str(state.epmd_port), "-kill"], check=False, env=environment(folder, state))
     return save(folder, ports_of(state))
+
+
+def _becomes_ready(folder: Path, state: State, until: float) -> bool:
+    """Whether a broker that was found running takes connections; False if it was on its way out."""
+    try:
+        _wait_ready(folder, state, until)
+    except ImgStorageError:
+        if _alive(state.pid, state.pid_start):
+            raise
+        return False
+    return True
 
 
 def _wait_ready(folder: Path, state: State, until: float) -> None:

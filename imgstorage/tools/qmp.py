@@ -73,7 +73,7 @@ class Monitor:
         began, patience = time.monotonic(), RETRY_S
         while True:
             try:
-                self._loop.run_until_complete(asyncio.wait_for(self._client.connect(str(self._path)), patience))
+                self._loop.run_until_complete(asyncio.wait_for(self._open(), patience))
                 return self
             except (QMPError, OSError, EOFError, TimeoutError) as error:
                 patience = min(2 * patience, CONNECT_TIMEOUT_S)
@@ -88,6 +88,12 @@ class Monitor:
             self._disconnect()
             self._client = QMPClient()
             time.sleep(0.002)
+
+    async def _open(self) -> None:
+        """Connect, and have one question answered: QEMU drops a connection, if at all, before it answers the first
+        command, when it comes to hear that the one before was closed."""
+        await self._client.connect(str(self._path))
+        await self._client.execute("query-jobs")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
