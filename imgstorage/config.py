@@ -124,9 +124,9 @@ class Section:
     def yes(self, key: str, default: bool) -> bool:
         """A truth value as Rocks writes them: yes, no, true, false, 1, 0."""
         value = self.text(key, "yes" if default else "no").lower()
-        if value not in TRUTH:
+        if value not in names.TRUTH:
             raise self.bad(key, f"{value!r} is neither yes nor no")
-        return TRUTH[value]
+        return names.TRUTH[value]
 
     def integer(self, key: str, default: int, low: int, high: int) -> int:
         """A whole number from ``low`` to ``high``."""
@@ -199,9 +199,6 @@ class Section:
         """Raises ``bad_config`` for a field nobody asked for: it is a typing error."""
         if self._left:
             raise self.bad(sorted(self._left)[0], "is not a field of this section")
-
-
-TRUTH = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
 
 def _read(path: Path) -> dict[str, dict[str, str]]:

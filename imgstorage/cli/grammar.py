@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from imgstorage.core.errors import ImgStorageError
+from imgstorage.core.names import TRUTH
 
-TRUTH = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 _PARAMETER = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)=(.*)", re.DOTALL)
 
 

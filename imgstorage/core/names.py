@@ -25,6 +25,9 @@ GIB = 1 << 30
 MIN_VOLUME_BYTES = MIB
 MAX_VOLUME_BYTES = 1 << 60  # below the signed 64-bit offset of every tool we call
 
+TRUTH = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+"""How Rocks writes truth values, in lower case."""
+
 _HOST = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)*")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]*")
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")

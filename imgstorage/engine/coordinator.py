@@ -34,7 +34,7 @@ from imgstorage.core.messages import (
     Status,
     UnmapZvol,
 )
-from imgstorage.core.names import HostName
+from imgstorage.core.names import TRUTH, HostName
 from imgstorage.core.operations import Operation
 from imgstorage.core.post import Letter
 from imgstorage.core.records import FrontendRecords
@@ -44,7 +44,6 @@ from imgstorage.engine.world import World
 log = logging.getLogger(__name__)
 
 STATUS_S = 3.0
-TRUE = frozenset({"yes", "true", "1"})
 ROLES = {"nas": Role.NAS, "container": Role.CONTAINER}
 
 
@@ -93,7 +92,7 @@ class Coordinator:
         if request.mode is None:
             own = self._records.attribute(request.container, "img_sync")
             value = own if own is not None else self._records.attribute("", "img_sync")
-            sync = self._img_sync if value is None else value.lower() in TRUE
+            sync = self._img_sync if value is None else TRUTH.get(value.lower(), False)
             request = replace(request, mode=Mode.SYNC if sync else Mode.DIRECT)
         return self._to_nas(letter, request)
 

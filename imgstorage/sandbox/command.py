@@ -17,6 +17,7 @@ from imgstorage.bus.client import Client
 from imgstorage.config import load_client, load_container, load_nas
 from imgstorage.core.errors import EXIT_FAILED, EXIT_OK, ImgStorageError
 from imgstorage.core.messages import HostList, ListHosts
+from imgstorage.core.names import TRUTH
 from imgstorage.daemons import container, nas
 from imgstorage.sandbox import supervisor
 from imgstorage.sandbox.broker import Broker
@@ -156,7 +157,7 @@ def _logs(layout: Layout, arguments: list[str], parameters: dict[str, str]) -> i
     """The end of the named hosts' logs (all without a name); with follow=yes also what comes."""
     hosts = [layout.host(name) for name in arguments] or list(layout.all_hosts())
     files = [(host.name, layout.log_of(host)) for host in hosts if layout.log_of(host).exists()]
-    follow = parameters.get("follow", "no").lower() in ("yes", "true", "1")
+    follow = TRUTH.get(parameters.get("follow", "no").lower(), False)
     if follow:
         tail = tool.which("tail")
         os.execv(tail, [tail, "-n", "20", "-F", *[str(path) for _name, path in files]])  # noqa: S606
