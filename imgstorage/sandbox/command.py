@@ -91,6 +91,9 @@ def up(folder: Path, hosts: tuple[Host, ...] | None, tell: Callable[[str], None]
     _wait_connected(layout, began + UP_WITHIN_S, tell)
     state_home().mkdir(parents=True, exist_ok=True)
     write_private(_last(), f"{folder}\n")
+    for host in layout.hosts:
+        if host.role == "nas":
+            tell(f"{host.name} imports disk images from {layout.folder_of(host) / 'images'}")
     tell(f"up after {time.monotonic() - began:.1f} s; to point a shell at it:")
     print(f"source {layout.environment_file}", flush=True)
     return layout
