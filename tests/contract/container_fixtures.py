@@ -373,6 +373,11 @@ class Breaker:
         runtime = self.plane._holdings[uuid_].runtime
         return [daemon.pid for daemon in (runtime.back, runtime.front) if daemon]
 
+    def forget(self, uuid_: VolumeUuid) -> UserspaceContainer:
+        """Somebody takes the record of a volume away, and the plane starts anew without it."""
+        (self.plane._holdings[uuid_].folder / "state.json").unlink()
+        return self.restart()
+
     def reboot(self) -> UserspaceContainer:
         """A new boot: every process killed, run-time files gone, another boot id, nothing unsynced trusted."""
         for holding in self.plane._holdings.values():

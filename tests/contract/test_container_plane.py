@@ -14,6 +14,7 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Held, Mode
 from imgstorage.core.names import VolumeUuid
 from imgstorage.core.ports import CopyState, ReturnKind
+from imgstorage.tools.run import start_time
 from tests.contract.container_fixtures import SIZE, TANK, Breaker, World, Writer, wait_for
 
 pytest_plugins = ("tests.contract.container_fixtures",)
@@ -329,6 +330,15 @@ def test_writes_wait_while_the_pool_is_nearly_full(world: World, pool: Path) -> 
     world.hydrate()
     world.settle()
     world.assert_device()
+
+
+def test_what_no_record_knows_is_ended_with_the_rest(world: World, breaker: Breaker) -> None:
+    world.attach()
+    serving = breaker.serving_pids(world.uuid)
+    assert serving
+    world.close_guests()
+    breaker.forget(world.uuid).stop()
+    assert all(start_time(pid) is None for pid in serving)
 
 
 def test_a_killed_front_is_mended_alone(world: World, breaker: Breaker) -> None:

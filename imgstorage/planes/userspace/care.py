@@ -7,6 +7,7 @@ less than its watermark free, and go on when it has a quarter more.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -18,6 +19,8 @@ from imgstorage.planes.userspace import chain, front, hydrate, state
 from imgstorage.planes.userspace.holding import Holding
 from imgstorage.planes.userspace.state import CopyPhase
 from imgstorage.tools import storage_daemon
+
+log = logging.getLogger(__name__)
 
 RESUME_FACTOR = 1.25
 
@@ -130,3 +133,17 @@ def watch_space(holding: Holding, free_bytes: int, pool_name: PoolName) -> str:
 def empty_trash(place: Path) -> None:
     """Remove what was dropped: its record went with it, and the NAS had proven to hold it."""
     shutil.rmtree(place / state.TRASH_FOLDER, ignore_errors=True)
+
+
+def end_unknown(run_dir: Path) -> None:
+    """End the storage daemons below ``run_dir`` that no record knows: somebody took the record away."""
+    entries = list(os.scandir(run_dir)) if run_dir.is_dir() else []
+    for folder in (Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)):
+        for mount in folder.glob("m*"):
+            if front.mounted(mount):
+                front.unmount(mount, lazy=True)
+        for monitor in sorted(folder.glob("*.mon"), reverse=True):  # a front (f…) before its back (b…)
+            daemon = storage_daemon.listening(monitor)
+            if daemon is not None:
+                log.warning("a storage daemon that no record knows (pid %d) is ended", daemon.pid)
+                storage_daemon.end(daemon)

@@ -99,6 +99,7 @@ class UserspaceContainer:
             sendback.cancel(holding)
             with holding.lock:
                 care.end_all(holding, force=True)
+        care.end_unknown(self._settings.run_dir)
 
     # -- places ---------------------------------------------------------------------------------------------
 
