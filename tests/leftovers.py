@@ -1,4 +1,4 @@
-"""What a test run left behind, found and ended: processes, mounts, loop devices and files.
+"""What a test run left behind, found and ended: processes, mounts, loop devices and files; and ports, named only.
 
 Every process that a run starts inherits ``IMGSTORAGE_RUN=<run> <label>`` (tools/run.py passes it on). ``<run>`` names
 the process that leads the run for good: its pid and start time. ``<label>`` says which test or fixture started it
@@ -26,7 +26,9 @@ from pathlib import Path
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.tools.run import run, start_time, wait_gone
+from tests import listening
 
+PORTS = ".ports"
 MARK = "IMGSTORAGE_RUN"
 GRACE_S = 3.0
 """How long what is already ending may take."""
@@ -189,6 +191,7 @@ def begin(leader: int) -> tuple[str, Path]:
     (folder / ".run").write_text(run_id)
     (folder / "tmp").mkdir()
     (folder / "home").mkdir()
+    (folder / PORTS).write_text("\n".join(listening.ports()))
     return run_id, folder
 
 
@@ -196,7 +199,8 @@ def end(run_id: str, folder: Path) -> list[str]:
     """What a run left, ended."""
     left = still_there(lambda process: process.run == run_id)
     end_processes(left)
-    return [*map(str, left), *clean(folder)]
+    ports = listening.left((folder / PORTS).read_text().split(), (folder / PORTS).stat().st_mtime, MARK)
+    return [*map(str, left), *ports, *clean(folder)]
 
 
 def main(arguments: list[str]) -> int:
@@ -210,7 +214,7 @@ def main(arguments: list[str]) -> int:
         case ["end", run_id, folder]:
             found = end(run_id, Path(folder))
             for line in found:
-                print(f"left over, now ended: {line}", file=sys.stderr)
+                print(f"left over: {line}", file=sys.stderr)
             return 1 if found else 0
     print(__doc__, file=sys.stderr)
     return 2

@@ -144,3 +144,39 @@ def test_a_test_that_leaves_a_process_fails_and_a_shared_fixture_does_not(tmp_pa
     assert result.returncode == 1, result.stdout
     assert "ERROR test_leaking.py::test_leaks - Failed: left running: process" in result.stdout
     assert "3 passed, 1 error" in result.stdout
+
+
+LISTENER = """
+import os, socket, sys
+if os.fork():
+    os._exit(0)
+os.setsid()
+with socket.create_server(("127.0.0.1", 0)) as server:
+    print(os.getpid(), server.getsockname()[1], flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_port_that_an_unmarked_orphan_listens_on_is_named(tmp_path: Path) -> None:
+    _, folder = leftovers.begin(os.getpid())
+    bare = {key: value for key, value in os.environ.items() if key != leftovers.MARK}
+    argv = [sys.executable, "-c", LISTENER]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=bare, text=True) as daemon:
+        assert daemon.stdout is not None and daemon.stdin is not None
+        pid, port = daemon.stdout.readline().split()
+        found = leftovers.end("0.0", folder)
+        daemon.stdin.close()
+    assert wait_gone(int(pid), 5)
+    assert [line for line in found if f"127.0.0.1:{port} is listened on by process {pid} " in line], found
+
+
+def test_a_port_of_somebody_elses_program_is_not(tmp_path: Path) -> None:
+    _, folder = leftovers.begin(os.getpid())
+    bare = {key: value for key, value in os.environ.items() if key != leftovers.MARK}
+    code = LISTENER.replace("if os.fork():\n    os._exit(0)\nos.setsid()\n", "")
+    argv = [sys.executable, "-c", code]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=bare, text=True) as program:
+        assert program.stdout is not None and program.stdin is not None
+        _, port = program.stdout.readline().split()
+        assert not [line for line in leftovers.end("0.0", folder) if f":{port} " in line]
+        program.stdin.close()
