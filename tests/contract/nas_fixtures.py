@@ -24,7 +24,7 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Mode, Volume
 from imgstorage.core.names import HostName, PoolName, VolumeName, VolumeUuid
 from imgstorage.core.ports import Grant, NasPlane, Portal, ReturnPort, Stamp
-from imgstorage.planes.userspace import names
+from imgstorage.planes.common import names
 from imgstorage.planes.userspace.digest import layer_digest
 from imgstorage.planes.userspace.nas import NasSettings, UserspaceNas
 from imgstorage.tools.run import run, start_time, wait_gone

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from imgstorage.core.ports import Portal
-from imgstorage.planes.userspace.target import Offer, Targets
+from imgstorage.planes.common.target import Offer, Targets
 from imgstorage.tools import qemu_img, tgtadm
 from imgstorage.tools.run import Result, run
 from tests.mirror import iscsi_node, make_overlay

@@ -13,7 +13,8 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Held, Mode, Volume
 from imgstorage.core.names import HostName, PoolName, VolumeName, VolumeUuid
 from imgstorage.core.ports import Grant, Portal
-from imgstorage.planes.userspace import layout, openers, state, warm, wire
+from imgstorage.planes.common import openers
+from imgstorage.planes.userspace import layout, state, warm, wire
 from imgstorage.planes.userspace.state import CopyPhase, CopyRecord
 from imgstorage.tools.qmp import SOCKET_PATH_MAX, check_socket_path
 from imgstorage.tools.storage_daemon import daemon_argv, qcow2_node

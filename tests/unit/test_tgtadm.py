@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation
 from imgstorage.core.names import MAX_VOLUME_NAME, host_name, volume_name, volume_uuid
-from imgstorage.planes.userspace import names
+from imgstorage.planes.common import names
 from imgstorage.tools import tgtadm
 from tests.recordings.record import IQN, folders, load
 

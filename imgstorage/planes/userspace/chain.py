@@ -17,9 +17,10 @@ from typing import Any
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.ports import Portal
-from imgstorage.planes.userspace import files, layout, state
+from imgstorage.planes.common import files
+from imgstorage.planes.common.names import initiator_name
+from imgstorage.planes.userspace import layout, state
 from imgstorage.planes.userspace.holding import Holding
-from imgstorage.planes.userspace.names import initiator_name
 from imgstorage.planes.userspace.state import CopyPhase
 from imgstorage.tools import qemu_img, storage_daemon
 from imgstorage.tools.qmp import Monitor, check_socket_path

@@ -18,22 +18,12 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Held, Mode, Volume
 from imgstorage.core.names import PoolName, VolumeName, VolumeUuid
 from imgstorage.core.ports import Device, Grant, HeldCopy, Pool, Progress, ReturnPort
-from imgstorage.planes.userspace import (
-    care,
-    chain,
-    files,
-    front,
-    hydrate,
-    layout,
-    openers,
-    sendback,
-    space,
-    state,
-    warm,
-)
+from imgstorage.planes.common import files, openers
+from imgstorage.planes.common.seen import Ledger
+from imgstorage.planes.userspace import care, chain, front, hydrate, layout, sendback, space, state, warm
 from imgstorage.planes.userspace.holding import Copying, Holding
 from imgstorage.planes.userspace.settings import ContainerSettings
-from imgstorage.planes.userspace.state import CopyPhase, CopyRecord, Seen
+from imgstorage.planes.userspace.state import CopyPhase, CopyRecord
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +35,7 @@ class UserspaceContainer:
 
     def __init__(self, settings: ContainerSettings) -> None:
         self._settings = settings
+        self._ledger = Ledger(settings.state_dir / "seen")
         self._lock = threading.Lock()
         self._taking = threading.Lock()
         self._unknown: dict[str, str] = {}
@@ -57,7 +48,8 @@ class UserspaceContainer:
     def start(self) -> None:
         """See the protocol. A volume that cannot be served now is left to ``tend``."""
         settings = self._settings
-        for folder in (settings.state_dir, settings.run_dir, self._seen_dir, self._direct_dir):
+        self._ledger.prepare()
+        for folder in (settings.state_dir, settings.run_dir, self._direct_dir):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._fuse = settings.fuse == "on" or (settings.fuse == "auto" and front.available(settings.run_dir))
         for place in self._places():
@@ -102,10 +94,6 @@ class UserspaceContainer:
         care.end_unknown(self._settings.run_dir)
 
     # -- places ---------------------------------------------------------------------------------------------
-
-    @property
-    def _seen_dir(self) -> Path:
-        return self._settings.state_dir / "seen"
 
     @property
     def _direct_dir(self) -> Path:
@@ -208,7 +196,7 @@ class UserspaceContainer:
         held = self._holdings.get(volume.uuid)
         record = held.record if held else None
         if record is None or record.grant.generation != grant.generation:
-            self._refuse_old(volume, grant.generation)
+            self._ledger.refuse_old(volume, grant.generation, self._settings.host)
             self._refuse_clash(volume)
         if held is not None and record is not None and record.grant.generation == grant.generation:
             return held
@@ -258,7 +246,7 @@ class UserspaceContainer:
         """Make the way free for a prepared grant's files. The record was first, so that whoever finds the
         generation as met, and not let go, knows that there must be a record.
         """
-        self._see(holding.uuid, Seen(generation=holding.known.grant.generation))
+        self._ledger.meet(holding.uuid, holding.known.grant.generation)
         care.end_all(holding, force=True)
         holding.clear_unfinished()
         if not holding.known.base_complete:
@@ -280,27 +268,6 @@ class UserspaceContainer:
         except ImgStorageError:
             care.end_all(holding, force=True)
             raise
-
-    # -- generations ever met -------------------------------------------------------------------------------
-
-    def _see(self, volume: VolumeUuid, seen: Seen) -> None:
-        path = self._seen_dir / f"{volume}.json"
-        before = files.read_json(path, Seen)
-        if before != seen and (before is None or before.generation.counter <= seen.generation.counter):
-            files.write_json(path, seen)
-
-    def _refuse_old(self, volume: Volume, generation: Generation) -> None:
-        seen = files.read_json(self._seen_dir / f"{volume.uuid}.json", Seen)
-        if seen is None or generation.counter > seen.generation.counter:
-            return
-        if seen.generation == generation and not seen.closed:
-            return
-        raise ImgStorageError(
-            "stale_generation",
-            f"{volume.name} was {'let go' if seen.closed else 'met'} here under {seen.generation}: "
-            f"{generation} is not newer",
-            host=self._settings.host,
-        )
 
     # -- copies ---------------------------------------------------------------------------------------------
 
@@ -355,7 +322,7 @@ class UserspaceContainer:
                 raise self._in_use(record, self._openers(holding) or ["a program that has just opened it"])
             hydrate.cancel(holding)
             chain.end_back(holding)
-            self._see(volume, Seen(generation=generation, closed=True))
+            self._ledger.close(volume, generation)
             if record.phase in (CopyPhase.DIRECT, CopyPhase.PREPARING):
                 holding.drop()
                 return Held.NOTHING
@@ -367,14 +334,13 @@ class UserspaceContainer:
         if not everything here can be read.
         """
         self._refuse_unknown(volume)
-        seen = files.read_json(self._seen_dir / f"{volume}.json", Seen)
-        if seen is not None and seen.generation == generation and not seen.closed:
+        if self._ledger.missing(volume, generation):
             raise ImgStorageError(
                 "lost_copy",
                 f"volume {volume} was attached here under {generation}; its copy is not there",
                 host=self._settings.host,
             )
-        self._see(volume, Seen(generation=generation, closed=True))
+        self._ledger.close(volume, generation)
         return Held.NOTHING
 
     def _refuse_unknown(self, volume: VolumeUuid) -> None:

@@ -21,7 +21,8 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Mode
 from imgstorage.core.names import VolumeUuid
 from imgstorage.core.ports import Progress
-from imgstorage.planes.userspace import files, state
+from imgstorage.planes.common import files
+from imgstorage.planes.userspace import state
 from imgstorage.planes.userspace.settings import ContainerSettings
 from imgstorage.planes.userspace.state import CopyPhase, CopyRecord
 from imgstorage.planes.userspace.wire import Meter

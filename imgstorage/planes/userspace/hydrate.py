@@ -18,7 +18,8 @@ from collections.abc import Sequence
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.ports import CopyState, Progress
-from imgstorage.planes.userspace import chain, files, layout, state
+from imgstorage.planes.common import files
+from imgstorage.planes.userspace import chain, layout, state
 from imgstorage.planes.userspace.holding import Holding
 from imgstorage.planes.userspace.state import CopyPhase
 from imgstorage.tools import qemu_img, storage_daemon

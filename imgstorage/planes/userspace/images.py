@@ -21,7 +21,7 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Volume
 from imgstorage.core.names import SECTOR_BYTES, check_size
 from imgstorage.core.ports import ImageInfo
-from imgstorage.planes.userspace import files
+from imgstorage.planes.common import files
 from imgstorage.planes.userspace.volumes import Volumes, need_space
 from imgstorage.tools import qcow2, qemu_img
 

@@ -20,10 +20,11 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Mode, Volume
 from imgstorage.core.names import HostName, PoolName
 from imgstorage.core.ports import ExportSeen, Grant, ImageInfo, Pool, Portal, ReturnKind, ReturnPort, Stamp
-from imgstorage.planes.userspace import images, names, returns, sidecar
+from imgstorage.planes.common import names
+from imgstorage.planes.common.target import LUN, Offer, Targets
+from imgstorage.planes.userspace import images, returns, sidecar
 from imgstorage.planes.userspace.returns import Delta
 from imgstorage.planes.userspace.sidecar import Sidecar
-from imgstorage.planes.userspace.target import LUN, Offer, Targets
 from imgstorage.planes.userspace.volumes import Volumes, older
 from imgstorage.tools.run import which
 from imgstorage.tools.tgtadm import Target

@@ -29,7 +29,8 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Volume
 from imgstorage.core.names import MIB
 from imgstorage.core.ports import Grant, ReturnKind
-from imgstorage.planes.userspace import files, sidecar
+from imgstorage.planes.common import files
+from imgstorage.planes.userspace import sidecar
 from imgstorage.planes.userspace.digest import layer_digest
 from imgstorage.planes.userspace.images import refuse_missing_data
 from imgstorage.planes.userspace.sidecar import Sidecar

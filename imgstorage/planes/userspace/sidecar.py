@@ -19,7 +19,7 @@ from pathlib import Path
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Mode
 from imgstorage.core.ports import Stamp
-from imgstorage.planes.userspace import files
+from imgstorage.planes.common import files
 
 STAMP_SUFFIX = ".stamp"
 VOLUME_SUFFIX = ".raw"

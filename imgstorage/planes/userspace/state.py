@@ -22,10 +22,10 @@ from enum import Enum
 from pathlib import Path
 
 from imgstorage.core.errors import ImgStorageError
-from imgstorage.core.mapping import Generation, Held
+from imgstorage.core.mapping import Held
 from imgstorage.core.names import PoolName
 from imgstorage.core.ports import Grant, HeldCopy
-from imgstorage.planes.userspace import files
+from imgstorage.planes.common import files
 
 STATE_FILE = "state.json"
 RUN_FILE = "run.json"
@@ -106,17 +106,6 @@ class CopyRecord:
             cache=self.phase is C.CACHE,
             version=self.version,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seen:
-    """The highest generation a container ever met of a volume; kept after the volume has gone.
-
-    ``closed``: it was let go here, so a late message cannot attach it again.
-    """
-
-    generation: Generation
-    closed: bool = False
 
 
 def check_transition(old: CopyPhase | None, new: CopyPhase | None) -> None:

@@ -26,7 +26,8 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import NEVER_GRANTED, Generation, Volume
 from imgstorage.core.names import PoolName, format_size
 from imgstorage.core.ports import Pool, Stamp
-from imgstorage.planes.userspace import files, sidecar
+from imgstorage.planes.common import files
+from imgstorage.planes.userspace import sidecar
 from imgstorage.planes.userspace.sidecar import VOLUME_SUFFIX, Identity, Sidecar
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ import shutil
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Volume
-from imgstorage.planes.userspace import care, files, state
+from imgstorage.planes.common import files
+from imgstorage.planes.userspace import care, state
 from imgstorage.planes.userspace.holding import Holding
 from imgstorage.planes.userspace.state import CopyPhase, CopyRecord
 from imgstorage.tools import qemu_img

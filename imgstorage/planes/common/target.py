@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imgstorage.core.errors import ImgStorageError
-from imgstorage.planes.userspace import files
+from imgstorage.planes.common import files
 from imgstorage.tools.qmp import listener_pid
 from imgstorage.tools.run import spawn, start_time, wait_gone
 from imgstorage.tools.tgtadm import Target, Tgt
