@@ -37,8 +37,30 @@ class Pool:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Transfer:
+    """The right to one transfer on a NAS's ssh server, for a plane that copies beside iSCSI.
+
+    ``identity`` names the transfer, ``host_key`` is the server's public key (``type base64``), ``key`` the private
+    key that opens this transfer and nothing else; it is never logged nor printed.
+    """
+
+    address: str
+    port: int
+    user: str
+    host_key: str
+    identity: str
+    key: str
+
+    def __repr__(self) -> str:
+        return f"Transfer({self.identity} at {self.user}@{self.address}:{self.port})"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Portal:
-    """One LUN, and what an initiator needs to log in to it. ``secret`` is never logged nor printed."""
+    """One LUN, and what an initiator needs to log in to it. ``secret`` is never logged nor printed.
+
+    ``transfer`` is how the volume's bytes are copied, if not through the LUN.
+    """
 
     address: str
     port: int
@@ -48,6 +70,7 @@ class Portal:
     user: str
     secret: str
     writable: bool
+    transfer: Transfer | None = None
 
     def __repr__(self) -> str:
         return f"Portal({self.address}:{self.port} {self.iqn} lun {self.lun})"
@@ -80,7 +103,7 @@ class ReturnKind(str, Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReturnPort:
-    """Where a container sends what it changed: a scratch LUN (userspace) or an ssh endpoint (kernel).
+    """Where a container sends what it changed: to a LUN (``portal``), or over ssh (``transfer``).
 
     ``attempt`` distinguishes this try from earlier ones: bytes sent to another attempt's port are worth nothing.
     ``base_version`` is the NAS's version that the changes apply to.
@@ -90,6 +113,7 @@ class ReturnPort:
     attempt: int
     base_version: str
     portal: Portal | None = None
+    transfer: Transfer | None = None
 
 
 class CopyState(str, Enum):
