@@ -336,6 +336,18 @@ def test_a_writer_without_a_device_says_so(tmp_path: Path, log: Path) -> None:
         one.wait_writes(1)
 
 
+def opened(uri: str) -> NbdDevice:
+    """A connection to a server that is just starting: its socket is there before it listens."""
+    until = time.monotonic() + 10
+    while True:
+        try:
+            return NbdDevice(uri)
+        except (FileNotFoundError, ConnectionRefusedError):
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+
+
 def test_a_disk_over_nbd(tmp_path: Path, base: Path, image: Path, log: Path) -> None:
     socket = tmp_path / "s"
     file, server = f"driver=file,node-name=f,filename={image}", f"addr.type=unix,addr.path={socket}"
@@ -344,10 +356,7 @@ def test_a_disk_over_nbd(tmp_path: Path, base: Path, image: Path, log: Path) -> 
     pid = run.spawn(argv, log_file=tmp_path / "qsd.log")
     uri = f"nbd+unix:///vol1?socket={socket}"
     try:
-        until = time.monotonic() + 10
-        while not socket.exists() and time.monotonic() < until:
-            time.sleep(0.01)
-        disk = NbdDevice(uri)
+        disk = opened(uri)
         assert disk.size_bytes == SIZE
         assert disk.pread(5000, 100) == base.read_bytes()[100:5100]
         with pytest.raises(OSError) as refused:
