@@ -30,7 +30,7 @@ def real_rocks(myself: str) -> str | None:
     places = [Path(folder, "rocks") for folder in folders]
     own = [number for number, place in enumerate(places) if _same(place, myself)]
     for place in (*places[own[0] + 1 if own else 0 :], Path(INSTALLED)):
-        if place.is_file() and os.access(place, os.X_OK) and not _same(place, myself) and not _is_ours(place):
+        if os.path.isfile(place) and os.access(place, os.X_OK) and not _same(place, myself) and not _is_ours(place):
             return str(place)
     return None
 

@@ -322,6 +322,21 @@ def test_without_a_real_rocks_everything_is_ours(nowhere, monkeypatch):
     assert rocks.real_rocks(str(own)) == str(there)
 
 
+def test_a_folder_on_path_that_cannot_be_read_is_passed_over(nowhere, monkeypatch):
+    own = installed(nowhere / "own")
+    there = program(nowhere / "real/rocks", REAL)
+
+    def closed(path: object, *_args: object, **_options: object) -> os.stat_result:
+        if str(path).startswith(str(nowhere / "closed")):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_stat(path, *_args, **_options)  # type: ignore[arg-type]
+
+    real_stat = os.stat
+    monkeypatch.setenv("PATH", os.pathsep.join(str(nowhere / name) for name in ("own", "closed", "real")))
+    monkeypatch.setattr(os, "stat", closed)  # root may read everything
+    assert rocks.real_rocks(str(own)) == str(there)
+
+
 # -- completion
 
 
