@@ -11,6 +11,7 @@ from __future__ import annotations
 import configparser
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +50,10 @@ class DaemonConfig:
 
 @dataclass(frozen=True)
 class NasConfig(DaemonConfig):
-    """``img-storage-nas``: pools by name, where images may be imported from, the address targets listen on."""
+    """``img-storage-nas``: pools by name, where images may be imported from, the address targets listen on.
+
+    ``run_dir`` is where the target daemon's control socket is: ``state_dir``, unless that is too long for one.
+    """
 
     plane: str
     pools: Mapping[PoolName, Path]
@@ -57,6 +61,7 @@ class NasConfig(DaemonConfig):
     address: str
     port: int
     trash_s: float
+    run_dir: Path
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,20 @@ class Section:
         """Words between commas or white space; none if the field is absent."""
         self._left.discard(key)
         return tuple(word for word in re.split(r"[,\s]+", self._values.get(key, default)) if word)
+
+    def paths(self, key: str) -> tuple[Path, ...]:
+        """Absolute paths between commas or white space, in quotes where they have such in them; none if absent."""
+        self._left.discard(key)
+        lexer = shlex.shlex(self._values.get(key, ""), posix=True)
+        lexer.whitespace, lexer.whitespace_split, lexer.commenters, lexer.escape = ", \t\n", True, "", ""
+        try:
+            found = tuple(Path(word) for word in lexer)
+        except ValueError as error:
+            raise self.bad(key, f"cannot be read: {error}") from None
+        for path in found:
+            if not path.is_absolute():
+                raise self.bad(key, f"{str(path)!r} is not an absolute path (one with blanks in it is quoted)")
+        return found
 
     def pools(self) -> dict[PoolName, Path]:
         """``pool.NAME = /folder`` lines."""
@@ -274,18 +293,17 @@ def load_nas(path: Path) -> NasConfig:
     daemon, nas = _section(path, sections, "daemon"), _section(path, sections, "nas")
     broker = _section(path, sections, "broker")
     pools = nas.pools()
+    common = _common(daemon, broker)
     config = NasConfig(
-        **_common(daemon, broker),  # type: ignore[arg-type]
+        **common,  # type: ignore[arg-type]
         plane=nas.choice("plane", ("userspace",), "userspace"),
         pools=pools,
-        import_dirs=tuple(Path(word) for word in nas.words("import_dirs")),
+        import_dirs=nas.paths("import_dirs"),
         address=nas.text("address", "127.0.0.1"),
         port=nas.integer("port", 3260, 1, 65535),
         trash_s=float(nas.integer("trash_hours", 24, 0, 24 * 3650)) * 3600,
+        run_dir=nas.path("run_dir", str(common["state_dir"])),
     )
-    for folder in config.import_dirs:
-        if not folder.is_absolute():
-            raise nas.bad("import_dirs", f"{str(folder)!r} is not an absolute path")
     _ended(path, sections, daemon, nas)
     return config
 
@@ -361,7 +379,7 @@ def client_config_path(given: str = "") -> Path:
     except (OSError, UnicodeDecodeError, RuntimeError):  # RuntimeError: there is no home directory
         candidates = [system]
     for path in candidates:
-        if path.exists():
+        if os.path.exists(path):  # unlike Path.exists, no error for a folder that cannot be read
             return path
     raise ImgStorageError(
         "bad_config",

@@ -23,6 +23,7 @@ def plane(config: NasConfig) -> UserspaceNas:
             import_dirs=config.import_dirs,
             address=config.address,
             port=config.port,
+            run_dir=config.run_dir,
         )
     )
 

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,18 +17,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 from imgstorage.bus.client import Client
-from imgstorage.config import load_client, load_container, load_nas
+from imgstorage.config import load_client, load_container, load_frontend, load_nas
 from imgstorage.core.errors import EXIT_FAILED, EXIT_OK, ImgStorageError
 from imgstorage.core.messages import HostList, ListHosts
 from imgstorage.core.names import TRUTH
+from imgstorage.core.text import shown
 from imgstorage.daemons import container, nas
-from imgstorage.sandbox import supervisor
+from imgstorage.planes.userspace.container import UserspaceContainer
+from imgstorage.planes.userspace.nas import UserspaceNas
+from imgstorage.sandbox import remains, supervisor
 from imgstorage.sandbox.broker import Broker
-from imgstorage.sandbox.layout import GUIDE_HOSTS, Host, Layout, create, parse_hosts, state_home, write_private
+from imgstorage.sandbox.layout import (
+    GUIDE_HOSTS,
+    Host,
+    Layout,
+    create,
+    parse_hosts,
+    run_place,
+    state_home,
+    write_private,
+)
 from imgstorage.tools import run as tool
 
 UP_WITHIN_S = 90.0
 DOWN_WITHIN_S = 60.0
+DAEMON_WITHIN_S = 15.0
 TAIL_BYTES = 16384
 
 
@@ -33,6 +49,8 @@ def run(verb: str, arguments: list[str], parameters: dict[str, str]) -> int:
     """Carry out one verb; returns the exit status. Raises ImgStorageError."""
     if verb == "up":
         return _up(parameters)
+    if verb == "down":
+        return down(_whatever_is_left(_folder(parameters)))
     layout = Layout.load(_folder(parameters))
     if verb == "status":
         return _status(layout)
@@ -40,8 +58,6 @@ def run(verb: str, arguments: list[str], parameters: dict[str, str]) -> int:
         return _logs(layout, arguments, parameters)
     if verb == "exec":
         return _exec(layout, arguments)
-    if verb == "down":
-        return down(layout)
     raise ImgStorageError("usage", f"sandbox {verb} is not a command", hint="imgstorage sandbox help")
 
 
@@ -57,13 +73,20 @@ def _last() -> Path:
 def _folder(parameters: dict[str, str]) -> Path:
     """The folder named, or that of the sandbox in use, or of the user's last one."""
     if "dir" in parameters:
-        return Path(parameters["dir"]).absolute()
+        return Path(_given(parameters, "dir")).absolute()
     client = os.environ.get("IMGSTORAGE_CLIENT")
-    if client and (Path(client).parent / "sandbox.json").exists():
-        return Path(client).parent
-    if _last().exists():
-        return Path(_last().read_text().strip())
+    if client and os.path.exists(Path(client).parent / "sandbox.json"):
+        return Path(client).parent.absolute()
+    if os.path.exists(_last()):
+        return Path(_last().read_text().removesuffix("\n"))
     return state_home() / "default"
+
+
+def _given(parameters: dict[str, str], name: str) -> str:
+    """A parameter that says something. Raises ``usage``: an empty path would be the working directory."""
+    if not parameters[name]:
+        raise ImgStorageError("usage", f"{name}= is empty", hint="imgstorage sandbox up help")
+    return parameters[name]
 
 
 def _up(parameters: dict[str, str]) -> int:
@@ -71,7 +94,7 @@ def _up(parameters: dict[str, str]) -> int:
     if parameters.get("hosts") == "guide":
         hosts = parse_hosts(GUIDE_HOSTS, "guide")
     elif "hosts" in parameters:
-        path = Path(parameters["hosts"])
+        path = Path(_given(parameters, "hosts"))
         try:
             hosts = parse_hosts(path.read_text(), str(path))
         except (OSError, UnicodeDecodeError) as error:
@@ -81,9 +104,15 @@ def _up(parameters: dict[str, str]) -> int:
 
 
 def up(folder: Path, hosts: tuple[Host, ...] | None, tell: Callable[[str], None]) -> Layout:
-    """Bring a sandbox up, and wait until every daemon answers. Raises ``timeout`` naming those that do not."""
+    """Bring a sandbox up, and wait until every daemon answers.
+
+    Raises ``bad_config`` for a configuration with which a daemon would end, before anything is started; ``timeout``
+    naming the daemons that do not answer, with the last that they said.
+    """
     began = time.monotonic()
     layout = create(folder, hosts)
+    for host in layout.all_hosts():
+        _check(layout, host)
     tell(f"sandbox in {folder}")
     broker = supervisor.make_broker(layout)
     tell(f"broker: {broker.urls[0]} ({time.monotonic() - began:.1f} s)")
@@ -95,8 +124,28 @@ def up(folder: Path, hosts: tuple[Host, ...] | None, tell: Callable[[str], None]
         if host.role == "nas":
             tell(f"{host.name} imports disk images from {layout.folder_of(host) / 'images'}")
     tell(f"up after {time.monotonic() - began:.1f} s; to point a shell at it:")
-    print(f"source {layout.environment_file}", flush=True)
+    print(f"source {shlex.quote(str(layout.environment_file))}", flush=True)
     return layout
+
+
+def _check(layout: Layout, host: Host) -> None:
+    """Read a host's configuration as its daemon would. Raises what the daemon would end with."""
+    with layout.draft(host) as path:
+        try:
+            if host.role == "frontend":
+                load_frontend(path)
+            else:
+                _plane(host, path)
+        except ImgStorageError as error:
+            local = layout.local_config_of(host)
+            hint = f"mend {local}" if local.exists() else error.hint
+            text = error.message.replace(str(path), str(layout.config_of(host)))
+            raise ImgStorageError(error.code, text, host=host.name, hint=hint) from None
+
+
+def _plane(host: Host, config: Path) -> UserspaceNas | UserspaceContainer:
+    """The data plane of a host. Raises ``bad_config``."""
+    return nas.plane(load_nas(config)) if host.role == "nas" else container.plane(load_container(config))
 
 
 def _wait_connected(layout: Layout, until: float, tell: Callable[[str], None]) -> None:
@@ -112,8 +161,27 @@ def _wait_connected(layout: Layout, until: float, tell: Callable[[str], None]) -
             return
         if time.monotonic() > until:
             logs = ", ".join(str(layout.log_of(layout.host(name))) for name in missing)
-            raise ImgStorageError("timeout", f"no answer from {', '.join(missing)}", hint=f"see {logs}")
+            said = "".join(
+                f"; the last in its log: {last}" for name in missing[:1] if (last := _last_line(layout, name))
+            )
+            hint = f"see {logs}; imgstorage sandbox down ends what runs"
+            raise ImgStorageError("timeout", f"no answer from {', '.join(missing)}{said}", hint=hint)
         time.sleep(0.1)
+
+
+def _last_line(layout: Layout, name: str) -> str:
+    try:
+        lines = _tail(layout.log_of(layout.host(name)))
+    except OSError:
+        return "nothing"
+    return lines[-1] if lines else "nothing"
+
+
+def _tail(path: Path) -> list[str]:
+    """The last lines of a log."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        return [shown(line) for line in file.read().decode(errors="replace").splitlines()[-200:]]
 
 
 def connected(layout: Layout) -> set[str]:
@@ -165,10 +233,8 @@ def _logs(layout: Layout, arguments: list[str], parameters: dict[str, str]) -> i
         tail = tool.which("tail")
         os.execv(tail, [tail, "-n", "20", "-F", *[str(path) for _name, path in files]])  # noqa: S606
     for name, path in files:
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-            for line in file.read().decode(errors="replace").splitlines()[-200:]:
-                print(f"{name}: {line}")
+        for line in _tail(path):
+            print(f"{name}: {line}")
     return EXIT_OK
 
 
@@ -188,34 +254,107 @@ def _exec(layout: Layout, arguments: list[str]) -> int:
     if host.role == "nas":
         environment["TGT_IPC_SOCKET"] = str(nas.plane(load_nas(layout.config_of(host))).control_socket)
     try:
-        return subprocess.run(arguments[1:], cwd=layout.folder_of(host), env=environment, check=False).returncode
+        status = subprocess.run(arguments[1:], cwd=layout.folder_of(host), env=environment, check=False).returncode
     except OSError as error:
-        raise ImgStorageError("tool_missing", f"cannot run {arguments[1]}: {error.strerror}") from None
+        raise ImgStorageError("tool_missing", f"cannot run {arguments[1]}: {error.strerror}", host=host.name,
+                              hint=f"imgstorage sandbox exec {host.name} COMMAND, with a program of this machine",
+                              ) from None  # fmt: skip
+    return status if status >= 0 else 128 - status  # as a shell says that a signal ended it
+
+
+def _whatever_is_left(folder: Path) -> Layout:
+    """The sandbox in a folder; if its description is gone or cannot be read, one without hosts.
+
+    Raises ``not_found`` if nothing of one runs either.
+    """
+    try:
+        return Layout.load(folder)
+    except ImgStorageError as error:
+        if error.code != "corrupt" and not remains.processes([folder, run_place(folder)]):
+            raise
+        say(f"{error}: what runs there is found by its processes")
+        return Layout(folder, ())
+
+
+class _Down:
+    """Ends what a sandbox runs. What cannot be done is kept in ``problems``, and what is left is done all the same."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self.problems: list[str] = []
+
+    def attempt(self, what: str, work: Callable[[], None]) -> None:
+        """Do one thing."""
+        try:
+            work()
+        except (ImgStorageError, OSError) as error:
+            self.problems.append(f"{what}: {error}")
+
+    def everything(self) -> None:
+        """In the order that leaves nothing hanging: who would start it again first, the broker last."""
+        layout = self._layout
+        self.attempt("the supervisor", lambda: self._end(supervisor.supervisor_of(layout), "supervisor", DOWN_WITHIN_S))
+        for host in layout.all_hosts():  # left over by a supervisor that was killed
+            daemon = supervisor.daemon_of(layout, host)
+            self.attempt(host.name, lambda daemon=daemon, host=host: self._end(daemon, host.name, DAEMON_WITHIN_S))  # type: ignore[misc]
+        for role in ("container", "nas"):
+            for host in layout.hosts:
+                if host.role == role:
+                    self.attempt(host.name, lambda host=host: self._stop_plane(host))  # type: ignore[misc]
+        self.attempt("the message broker", self._stop_broker)
+        places = [layout.folder, run_place(layout.folder)]
+        self.attempt("what is left", lambda: self.problems.extend(remains.end(places)))
+        if not remains.mounts(places):
+            shutil.rmtree(run_place(layout.folder), ignore_errors=True)  # sockets and links of what has ended
+
+    def _end(self, process: supervisor.Process, name: str, patience_s: float) -> None:
+        pid = process.pid()
+        if pid is None:
+            return
+        process.signal(signal.SIGTERM)
+        if not tool.wait_gone(pid, patience_s):
+            self.problems.append(f"{name} (pid {pid}) did not end and was killed")
+            process.signal(signal.SIGKILL)
+            tool.wait_gone(pid, 5.0)
+
+    def _stop_plane(self, host: Host) -> None:
+        """By the host's configuration; if that cannot be read, by what the sandbox itself wrote into it."""
+        config = self._layout.config_of(host)
+        if config.exists():
+            try:
+                plane = _plane(host, config)
+            except ImgStorageError as error:
+                say(f"{host.name}: {error}; ended by what the sandbox itself knows")
+            else:
+                plane.stop()
+                return
+        with self._layout.draft(host, local=False) as draft:
+            plane = _plane(host, draft)
+        plane.stop()
+
+    def _stop_broker(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                Broker.load(self._layout.broker_folder).stop()
+            except ImgStorageError as error:
+                if error.code != "not_found":
+                    raise
+
+
+def end_everything(layout: Layout) -> list[str]:
+    """End everything that a sandbox runs, whatever cannot be read; returns what did not end as it should."""
+    ending = _Down(layout)
+    ending.everything()
+    return ending.problems
 
 
 def down(layout: Layout) -> int:
-    """End everything that runs, in the order that leaves nothing hanging. Data stays. Says what did not end."""
-    process = supervisor.supervisor_of(layout)
-    pid = process.pid()
-    if pid is not None:
-        process.signal(signal.SIGTERM)
-        if not tool.wait_gone(pid, DOWN_WITHIN_S):
-            raise ImgStorageError("failed", f"the supervisor (pid {pid}) does not end",
-                                  hint=f"see {layout.folder / 'supervisor.log'}")  # fmt: skip
-    for host in layout.all_hosts():  # left over by a supervisor that was killed
-        daemon = supervisor.daemon_of(layout, host)
-        pid = daemon.pid()
-        daemon.signal(signal.SIGTERM)
-        if pid is not None and not tool.wait_gone(pid, 15.0):
-            daemon.signal(signal.SIGKILL)
-            tool.wait_gone(pid, 5.0)
-    for host in layout.hosts:
-        if host.role == "container" and layout.config_of(host).exists():
-            container.plane(load_container(layout.config_of(host))).stop()
-    for host in layout.hosts:
-        if host.role == "nas" and layout.config_of(host).exists():
-            nas.plane(load_nas(layout.config_of(host))).stop()
-    if _broker_runs(layout):
-        Broker.load(layout.broker_folder).stop()
+    """End everything that runs, and say what did not end as it should. Data stays."""
+    problems = end_everything(layout)
+    for problem in problems:
+        say(f"warning: {problem}")
+    if remains.processes([layout.folder, run_place(layout.folder)]):
+        raise ImgStorageError("failed", f"the sandbox in {layout.folder} is not down: see above",
+                              hint="imgstorage sandbox down, once more")  # fmt: skip
     say(f"down; the data stays in {layout.folder}")
-    return EXIT_OK
+    return EXIT_FAILED if problems else EXIT_OK

@@ -18,12 +18,14 @@ import hashlib
 import os
 import re
 import secrets
+import shlex
 import socket
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -37,8 +39,16 @@ FRONTEND_HOST = "frontend"
 ROLES = ("nas", "container")
 DEFAULT_HOSTS = "nas-0-0 nas tank\ncompute-0-0 container tank\ncompute-0-1 container tank\n"
 GUIDE_HOSTS = DEFAULT_HOSTS + "compute-0-3 container tank\ncompute-0-14 container tank\nhpcdev-pub02 container tank\n"
-LONGEST_RUN_DIR = 60
+RESERVED = frozenset({
+    "broker", "secrets", "env", "client.conf", "sandbox.json", "supervisor.log", "supervisor.pid", "supervisor.lock",
+})  # fmt: skip
+"""What is in a sandbox's folder besides the folders of its hosts."""
+LONGEST_RUN_DIR = {"container": 60, "nas": 100}
 """Unix socket paths have at most 107 bytes (unix(7)), and the planes put folders and names below this one."""
+LONGEST_FOLDER = 400
+"""Names of volumes, stamps and temporary files below it stay far from the longest path there is (4096 bytes)."""
+_PLAIN_NAME = r"[A-Za-z0-9._+@=~-]+"
+_PLAIN = re.compile(rf"(?:/{_PLAIN_NAME}(?: +{_PLAIN_NAME})*)+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +82,16 @@ def parse_hosts(text: str, source: str) -> tuple[Host, ...]:
         except ImgStorageError as error:
             raise ImgStorageError("bad_config", f"{source}:{number}: {error.message}") from None
     names = [host.name for host in hosts]
-    doubled = next((name for name in names if names.count(name) > 1 or name == FRONTEND_HOST), None)
-    if doubled:
-        raise ImgStorageError("bad_config", f"{source}: the host {doubled} is named twice")
+    for host in hosts:
+        if host.name == FRONTEND_HOST:
+            raise ImgStorageError("bad_config", f"{source}: every sandbox has a host {FRONTEND_HOST} of its own")
+        if host.name in RESERVED:
+            raise ImgStorageError("bad_config", f"{source}: {host.name} is a name that the sandbox itself uses")
+        if names.count(host.name) > 1:
+            raise ImgStorageError("bad_config", f"{source}: the host {host.name} is named twice")
+        pool = next((pool for pool in host.pools if host.pools.count(pool) > 1), None)
+        if pool:
+            raise ImgStorageError("bad_config", f"{source}: the pool {pool} of {host.name} is named twice")
     if not hosts:
         raise ImgStorageError("bad_config", f"{source}: no host")
     return tuple(hosts)
@@ -95,8 +112,11 @@ class Layout:
         except FileNotFoundError:
             raise ImgStorageError("not_found", f"there is no sandbox in {folder}",
                                   hint="imgstorage sandbox up") from None  # fmt: skip
-        except (OSError, msgspec.DecodeError, msgspec.ValidationError) as error:
-            raise ImgStorageError("corrupt", f"cannot read {folder / 'sandbox.json'}: {error}") from None
+        except OSError as error:
+            raise _cannot_use(folder, error) from None
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            hint = "choose another dir=; sandbox down still ends what runs here"
+            raise ImgStorageError("corrupt", f"cannot read {folder / 'sandbox.json'}: {error}", hint=hint) from None
         return cls(folder, hosts)
 
     @property
@@ -161,13 +181,31 @@ class Layout:
         urls = " ".join(broker_urls)
         self.passwords()
         for host in self.all_hosts():
-            self._write_config(host, urls)
+            write_private(self.config_of(host), self._config_text(host, urls))
         write_private(self.client_config, _broker_section(urls, "operator", self.folder / "secrets" / "operator"))
         bin_dir = Path(sys.executable).parent
-        path = f'export PATH="{bin_dir}:$PATH"\n' if (bin_dir / "imgstorage").exists() else ""
-        self.environment_file.write_text(f'{path}export IMGSTORAGE_CLIENT="{self.client_config}"\n')
+        path = f'export PATH={shlex.quote(str(bin_dir))}:"$PATH"\n' if (bin_dir / "imgstorage").exists() else ""
+        self.environment_file.write_text(f"{path}export IMGSTORAGE_CLIENT={shlex.quote(str(self.client_config))}\n")
 
-    def _write_config(self, host: Host, urls: str) -> None:
+    @contextmanager
+    def draft(self, host: Host, *, local: bool = True) -> Iterator[Path]:
+        """A host's configuration file as it would be written, with no broker, while the block runs.
+
+        Without ``local`` nobody but the sandbox wrote what is in it.
+        """
+        self.passwords()
+        path = self.folder_of(host) / "draft.conf"
+        write_private(path, self._config_text(host, "amqp://127.0.0.1", local=local))
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def local_config_of(self, host: Host) -> Path:
+        """What somebody adds to a host's configuration."""
+        return self.folder_of(host) / "local.conf"
+
+    def _config_text(self, host: Host, urls: str, *, local: bool = True) -> str:
         folder = self.folder_of(host)
         user = party_of(host).user
         lines = [
@@ -191,15 +229,22 @@ class Layout:
                 (folder / "pools" / pool).mkdir(parents=True, exist_ok=True)
             if host.role == "nas":
                 (folder / "images").mkdir(exist_ok=True)
-                lines += ["[nas]", *pools, f"import_dirs = {folder / 'images'}", "address = 127.0.0.1",
+                lines += ["[nas]", *pools, f'import_dirs = "{folder / "images"}"', "address = 127.0.0.1",
                           f"port = {host.port}"]  # fmt: skip
+                lines += [f"run_dir = {host.run_dir}"] if host.run_dir else []
             else:
                 lines += ["[container]", *pools, f"vm_container_zpool = {host.pools[0]}", f"run_dir = {host.run_dir}",
                           "reserve_percent = 10"]  # fmt: skip
-        local = folder / "local.conf"
-        if local.exists():
-            lines += ["# from local.conf", local.read_text()]
-        write_private(self.config_of(host), "\n".join(lines) + "\n")
+        if local:
+            lines += self._local_lines(host)
+        return "\n".join(lines) + "\n"
+
+    def _local_lines(self, host: Host) -> list[str]:
+        path = self.local_config_of(host)
+        try:
+            return ["# from local.conf", path.read_text(encoding="utf-8")] if path.exists() else []
+        except (OSError, UnicodeDecodeError) as error:
+            raise ImgStorageError("bad_config", f"cannot read {path}: {error}") from None
 
 
 def party_of(host: Host) -> Party:
@@ -228,14 +273,40 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def _run_dir(folder: Path, host: Host) -> str:
-    """A folder for sockets and devices whose path is short enough."""
-    own = folder / host.name / "run"
-    if len(os.fsencode(own)) <= LONGEST_RUN_DIR:
-        own.mkdir(parents=True, exist_ok=True)
-        return str(own)
+def _cannot_use(folder: Path, error: OSError) -> ImgStorageError:
+    what = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return ImgStorageError("usage", f"{folder} cannot be a sandbox's folder: {what}", hint="choose another dir=")
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ``usage`` for a path that one of a sandbox's programs would take for something else.
+
+    It ends up in configuration files (RabbitMQ 3.10.8 knows no quoting there), in Erlang's environment under
+    ``LC_ALL=C``, in lists between commas (tgtadm, qemu) and in shells.
+    """
+    for path in (str(folder), os.path.realpath(folder)):
+        if not _PLAIN.fullmatch(path):
+            why = "letters from a to z, digits, '.', '_', '-', '+', '@', '=', '~', and blanks inside of names"
+            raise ImgStorageError("usage", f"a sandbox cannot be in {path!r}: its path may have {why}",
+                                  hint="choose another dir=")  # fmt: skip
+        if len(path) > LONGEST_FOLDER:
+            raise ImgStorageError("usage", f"a sandbox's path has at most {LONGEST_FOLDER} characters, not {len(path)}",
+                                  hint="choose a shorter dir=")  # fmt: skip
+
+
+def run_place(folder: Path) -> Path:
+    """Where hosts have their sockets and devices if the folder's own path is too long, or has blanks in it."""
     name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]
-    short = Path(tempfile.gettempdir()) / f"imgs-{os.getuid()}-{name}"
+    return Path(tempfile.gettempdir()) / f"imgs-{os.getuid()}-{name}"
+
+
+def _run_dir(folder: Path, host: Host) -> str:
+    """A folder for sockets and devices whose path is short and has no blank; "" for the NAS's state folder."""
+    own = folder / host.name / ("run" if host.role == "container" else "state")
+    if len(os.fsencode(own)) <= LONGEST_RUN_DIR[host.role] and " " not in str(own):
+        own.mkdir(parents=True, exist_ok=True)
+        return str(own) if host.role == "container" else ""
+    short = run_place(folder)
     short.mkdir(mode=0o700, exist_ok=True)
     there = short.lstat()
     if there.st_uid != os.getuid() or not stat.S_ISDIR(there.st_mode) or there.st_mode & 0o077:
@@ -246,7 +317,18 @@ def _run_dir(folder: Path, host: Host) -> str:
 
 
 def create(folder: Path, hosts: tuple[Host, ...] | None) -> Layout:
-    """The sandbox in ``folder``, made if it is not there yet. Raises ``conflict`` if it has other hosts than these."""
+    """The sandbox in ``folder``, made if it is not there yet.
+
+    Raises ``conflict`` if it has other hosts than these, ``usage`` if it cannot be there.
+    """
+    check_folder(folder)
+    try:
+        return _create(folder, hosts)
+    except OSError as error:
+        raise _cannot_use(folder, error) from None
+
+
+def _create(folder: Path, hosts: tuple[Host, ...] | None) -> Layout:
     try:
         layout = Layout.load(folder)
     except ImgStorageError as error:
@@ -268,8 +350,7 @@ def create(folder: Path, hosts: tuple[Host, ...] | None) -> Layout:
         (folder / host.name / "state").mkdir(parents=True, exist_ok=True)
         if host.role != "frontend":
             port = host.port or (free_port() if host.role == "nas" else 0)
-            run_dir = _run_dir(folder, host) if host.role == "container" else ""
-            made.append(Host(name=host.name, role=host.role, pools=host.pools, port=port, run_dir=run_dir))
+            made.append(replace(host, port=port, run_dir=_run_dir(folder, host)))
     layout = Layout(folder, tuple(made))
     write_private(folder / "sandbox.json", msgspec.json.encode(layout.hosts).decode())
     return layout

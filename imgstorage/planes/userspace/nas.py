@@ -36,7 +36,8 @@ PROGRAMS = ("tgtd", "tgtadm", "qemu-img")
 class NasSettings:
     """Where a NAS keeps its things, and where it is reached.
 
-    ``state_dir`` has at most 100 bytes (a socket is in it); ``address`` and ``port`` are the iSCSI portal.
+    ``run_dir`` (``state_dir`` if it is None) has at most 100 bytes: a socket is in it; ``address`` and ``port`` are
+    the iSCSI portal.
     Raises ``bad_config`` for paths that the tools cannot take.
     """
 
@@ -45,6 +46,12 @@ class NasSettings:
     import_dirs: tuple[Path, ...]
     address: str
     port: int
+    run_dir: Path | None = None
+
+    @property
+    def socket_dir(self) -> Path:
+        """Where the target daemon's socket is."""
+        return self.run_dir or self.state_dir
 
     def __post_init__(self) -> None:
         for path in (self.state_dir, *self.pools.values(), *self.import_dirs):
@@ -62,15 +69,16 @@ class UserspaceNas:
         self._settings = settings
         roots = {name: path.resolve() for name, path in settings.pools.items()}
         self._volumes = Volumes(roots)
-        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._targets = Targets(settings.state_dir, settings.address, settings.port)
+        for folder in (settings.state_dir, settings.socket_dir):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._targets = Targets(settings.socket_dir, settings.address, settings.port)
 
     # -- the plane itself ------------------------------------------------------------------------------------
 
     @property
     def control_socket(self) -> Path:
         """What ``TGT_IPC_SOCKET`` has to be for tgtadm to reach this NAS's target daemon."""
-        return self._settings.state_dir / "ctl"
+        return self._settings.socket_dir / "ctl"
 
     def start(self) -> None:
         """As :meth:`NasPlane.start`. Raises ``conflict`` too, if the portal is taken."""

@@ -25,7 +25,7 @@ from imgstorage.core.messages import ListZvols, OperationAnswer, ShowOperation, 
 from imgstorage.core.names import OpId, host_name
 from imgstorage.core.operations import Operation
 from imgstorage.sandbox import supervisor
-from imgstorage.sandbox.command import down
+from imgstorage.sandbox.command import end_everything
 from imgstorage.sandbox.demo.show import Show
 from imgstorage.sandbox.layout import Layout, create
 from imgstorage.tools import run
@@ -170,7 +170,7 @@ class Stage:
         problems = []
         try:
             with contextlib.redirect_stderr(io.StringIO()):
-                down(self.layout)
+                problems += end_everything(self.layout)
         except ImgStorageError as error:
             if error.code != "not_found":
                 problems.append(str(error))
