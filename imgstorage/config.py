@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from imgstorage.core import names
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.names import HostName, PoolName
+from imgstorage.core.text import device_path
 
 CONFIG_DIR = Path("/etc/imgstorage")
 Name = TypeVar("Name")
@@ -326,6 +327,10 @@ def load_container(path: Path) -> ContainerConfig:
         watermark_bytes=container.size("watermark", 64 << 20),
         reserve=container.integer("reserve_percent", 100, 0, 100) / 100,
     )
+    try:
+        device_path(str(config.run_dir))
+    except ImgStorageError as error:
+        raise container.bad("run_dir", error.message) from None
     if config.default_pool is not None and config.default_pool not in pools:
         raise container.bad("vm_container_zpool", f"{config.default_pool!r} is none of the pools configured here")
     _ended(path, sections, daemon, container)

@@ -10,6 +10,7 @@ import sys
 
 from imgstorage.cli.grammar import UsageError
 from imgstorage.core.errors import ImgStorageError
+from imgstorage.core.text import shown
 
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
@@ -104,5 +105,4 @@ def report_interrupt(interrupt: KeyboardInterrupt) -> int:
 
 def _printable(text: str) -> str:
     """One line without what a terminal would obey: parts of it come from other hosts."""
-    text = " ".join(text.split())
-    return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)
+    return shown(" ".join(text.split()))

@@ -6,12 +6,13 @@ from datetime import UTC, datetime
 
 from imgstorage.cli.client import ended_badly, frontend
 from imgstorage.cli.grammar import Call
-from imgstorage.cli.table import clean, percent
+from imgstorage.cli.table import percent
 from imgstorage.cli.wait import Watch
 from imgstorage.core import names
 from imgstorage.core.errors import EXIT_OK
 from imgstorage.core.names import format_size
 from imgstorage.core.operations import FINAL, Milestone, Operation
+from imgstorage.core.text import shown
 
 MEANING = {
     Milestone.ACCEPTED: "accepted, under way",
@@ -63,7 +64,7 @@ def as_text(operation: Operation) -> str:
         "since": _when(operation.accepted_at),
         "changed": _when(operation.changed_at),
     }
-    return "".join(f"{name:<9} {clean(fact)}\n" for name, fact in facts.items() if fact)
+    return "".join(f"{name:<9} {shown(fact)}\n" for name, fact in facts.items() if fact)
 
 
 def as_json(operation: Operation) -> str:

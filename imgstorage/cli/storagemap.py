@@ -18,6 +18,7 @@ from imgstorage.core.errors import EXIT_OK, ImgStorageError
 from imgstorage.core.mapping import AT_REST, Mode
 from imgstorage.core.messages import MapZvol, OperationAnswer, UnmapZvol, ZvolRow
 from imgstorage.core.operations import Milestone, Operation
+from imgstorage.core.text import shown
 
 RESTING = frozenset(phase.value for phase in AT_REST)
 
@@ -118,7 +119,7 @@ def add(call: Call) -> int:
         if new:
             size = names.format_size(size_bytes)
             say(f"{request.nas} has no {request.pool}/{request.volume}: a new, empty volume of {size} is created")
-        print(operation.device, flush=True)
+        print(shown(operation.device), flush=True)
         if call.yes("wait", False):
             door.wait(operation, Milestone.DONE, watch)
     return EXIT_OK

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from imgstorage.cli.grammar import Call, UsageError
+from imgstorage.core.text import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +53,11 @@ def write(call: Call, columns: Sequence[Column], owner: Column | None, rows: Seq
     if call.options.json or call.text("output-format") == "json":
         return as_json(chosen or columns, rows)
     wanted = chosen or [column for column in columns if column.shown]
-    cells = [[clean(column.text(row)) for column in wanted] for row in rows]
+    cells = [[shown(column.text(row)) for column in wanted] for row in rows]
     names = [column.name for column in wanted]
     widths = [column.width for column in wanted]
     if owner is not None and owner not in wanted and len({owner.text(row) for row in rows}) > 1:
-        cells = [[f"{clean(owner.text(row))}:", *line] for row, line in zip(rows, cells, strict=True)]
+        cells = [[f"{shown(owner.text(row))}:", *line] for row, line in zip(rows, cells, strict=True)]
         names, widths = [owner.name, *names], [0, *widths]
     return layout(names, cells, widths, header=call.yes("output-header", True))
 
@@ -97,11 +98,6 @@ def as_json(columns: Sequence[Column], rows: Iterable[Any]) -> str:
 
     lines = (msgspec.json.encode({column.key: column.json(row) for column in columns}).decode() for row in rows)
     return "[\n" + ",\n".join(lines) + "\n]\n"
-
-
-def clean(cell: str) -> str:
-    """A cell without anything that would break the table, or that a terminal would obey."""
-    return cell if cell.isprintable() else "".join(char if char.isprintable() else "?" for char in cell)
 
 
 def clock(seconds: float | None) -> str:

@@ -11,9 +11,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from imgstorage.cli.errors import say
-from imgstorage.cli.table import clean, percent
+from imgstorage.cli.table import percent
 from imgstorage.core.names import format_size
 from imgstorage.core.operations import Operation
+from imgstorage.core.text import shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -62,7 +63,7 @@ class Watch:
         progress, task = self._bar = self._bar or self._new_bar()
         if operation.note != self._note:
             self._note = operation.note
-            progress.console.print(clean(operation.note), style="dim", markup=False, highlight=False)
+            progress.console.print(shown(operation.note), style="dim", markup=False, highlight=False)
         if operation.done_bytes < progress.tasks[0].completed or operation.total_bytes != progress.tasks[0].total:
             progress.reset(task, total=operation.total_bytes or None)  # another copy began
         progress.update(task, completed=operation.done_bytes)

@@ -6,12 +6,11 @@ The messages themselves are in ``core/messages.py``; how they become bytes in ``
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
+from typing import ClassVar, TypeVar
 
-from imgstorage.core import names
-from imgstorage.core.names import HostName, OpId, PoolName, VolumeName, VolumeUuid
+from imgstorage.core.checked import Checked
 
 
 class Role(str, Enum):
@@ -31,44 +30,13 @@ class Timeout(float, Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Message:
-    """Base of all messages. Names in fields are checked whenever one is made or decoded."""
+class Message(Checked):
+    """Base of all messages. Names and texts in fields are checked whenever one is made or decoded."""
 
     action: ClassVar[str] = ""
     senders: ClassVar[frozenset[Role]] = frozenset()
     timeout: ClassVar[Timeout] = Timeout.QUICK
     answer: ClassVar[type[Message] | None] = None
-
-    def __post_init__(self) -> None:
-        for name, check in _checks(type(self)):
-            value = getattr(self, name)
-            if value is not None:
-                check(value)
-
-
-Check = Callable[[str], str]
-_CHECKED: dict[Any, Check] = {
-    HostName: names.host_name,
-    PoolName: names.pool_name,
-    VolumeName: names.volume_name,
-    VolumeUuid: names.volume_uuid,
-    OpId: names.op_id,
-}
-_cache: dict[type, tuple[tuple[str, Check], ...]] = {}
-
-
-def _checks(kind: type[Message]) -> tuple[tuple[str, Check], ...]:
-    """The fields of a message class that hold names, with what checks them."""
-    if kind not in _cache:
-        hints = get_type_hints(kind)
-        found = []
-        for field in fields(kind):
-            hint = hints[field.name]
-            for option in (hint, *get_args(hint)):
-                if option in _CHECKED:
-                    found.append((field.name, _CHECKED[option]))
-        _cache[kind] = tuple(found)
-    return _cache[kind]
 
 
 CATALOGUE: dict[str, type[Message]] = {}

@@ -12,6 +12,8 @@ unknown type   the same
 other version  ``version_mismatch``, naming both versions; dead-lettered
 oversized      ``bad_message``; dead-lettered
 wrong sender   ``wrong_sender`` and dead-lettered: what a message claims never outweighs who sent it
+no plain text  a word or a device with anything else in it: ``bad_name``, dead-lettered; sentences are
+               put right: one line, printable, 2000 characters
 duplicate      answered from the journal: the same operation id never starts anything twice
 stale          an older generation than the mapping's: ``stale_generation``, logged, nothing changes
 expired        ``expired``: judged once, when the request is accepted
@@ -32,6 +34,7 @@ from imgstorage.core.message import declare as _declare
 from imgstorage.core.names import HostName, OpId, PoolName, VolumeName, VolumeUuid
 from imgstorage.core.operations import Operation
 from imgstorage.core.ports import Device, Grant, Pool, Progress, ReturnPort
+from imgstorage.core.text import DevicePath, Label, Prose
 from imgstorage.core.wire import MAX_BODY_BYTES as MAX_BODY_BYTES  # noqa: PLC0414
 from imgstorage.core.wire import PROTOCOL_VERSION as PROTOCOL_VERSION  # noqa: PLC0414
 from imgstorage.core.wire import decode as decode  # noqa: PLC0414
@@ -49,10 +52,10 @@ ASKERS = (Role.OPERATOR, Role.FRONTEND)
 class ErrorAnswer(Message):
     """The request was refused or failed; ``code`` is one of the catalogue of errors."""
 
-    code: str
-    message: str
-    host: str = ""
-    hint: str = ""
+    code: Label
+    message: Prose
+    host: Label = ""
+    hint: Prose = ""
 
     @classmethod
     def of(cls, error: ImgStorageError) -> ErrorAnswer:
@@ -164,9 +167,9 @@ class Status(Message):
 
     host: HostName
     role: Role
-    version: str
+    version: Label
     pools: tuple[Pool, ...] = ()
-    alarms: tuple[str, ...] = ()
+    alarms: tuple[Prose, ...] = ()
 
 
 # -- requests: from command lines to the frontend, and on from there
@@ -186,7 +189,7 @@ class MapZvol(Message):
     size_bytes: int | None = None
     remote_pool: PoolName | None = None
     mode: Mode | None = None
-    requester: str = ""
+    requester: Prose = ""
 
 
 @_declare("unmap_zvol", *ASKERS, timeout=Timeout.ACCEPT, answer=OperationAnswer)
@@ -200,7 +203,7 @@ class UnmapZvol(Message):
     expires_at: float
     pool: PoolName | None = None
     force: bool = False
-    requester: str = ""
+    requester: Prose = ""
 
 
 @_declare("add_zvol", *ASKERS, timeout=Timeout.ACCEPT, answer=OperationAnswer)
@@ -215,7 +218,7 @@ class AddZvol(Message):
     expires_at: float
     size_bytes: int | None = None
     image: str | None = None
-    requester: str = ""
+    requester: Prose = ""
 
 
 @_declare("del_zvol", *ASKERS, timeout=Timeout.ACCEPT, answer=OperationAnswer)
@@ -228,7 +231,7 @@ class DelZvol(Message):
     pool: PoolName
     volume: VolumeName
     expires_at: float
-    requester: str = ""
+    requester: Prose = ""
 
 
 @_declare("dump_zvol", *ASKERS, timeout=Timeout.ACCEPT, answer=OperationAnswer)
@@ -242,7 +245,7 @@ class DumpZvol(Message):
     volume: VolumeName
     path: str
     expires_at: float
-    requester: str = ""
+    requester: Prose = ""
 
 
 @_declare("list_zvols", *ASKERS, answer=ZvolList)
@@ -347,7 +350,7 @@ class ReturnZvol(Command):
 class ReleaseZvol(Command):
     """The NAS has everything, as ``version``; answer ``zvol_released``."""
 
-    version: str
+    version: Label
 
 
 # -- reports: from a container to the NAS that granted the volume
@@ -367,7 +370,7 @@ class Report(Message):
 class ZvolAttached(Report):
     """The device is usable."""
 
-    device: str
+    device: DevicePath
 
 
 @_declare("zvol_synced", Role.CONTAINER)
@@ -396,7 +399,7 @@ class ZvolReturned(Report):
     """Everything was sent to this attempt's port."""
 
     attempt: int
-    digest: str
+    digest: Label
 
 
 @_declare("zvol_released", Role.CONTAINER)
@@ -418,9 +421,9 @@ class ZvolProgress(Report):
 class StepFailed(Report):
     """A command could not be carried out. ``retry``: it may work later."""
 
-    step: str
-    code: str
-    message: str
+    step: Label
+    code: Label
+    message: Prose
     retry: bool
 
 
@@ -434,9 +437,9 @@ class Hello(Message):
 
     host: HostName
     role: Role
-    version: str
-    boot: str
-    life: str
+    version: Label
+    boot: Label
+    life: Label
 
 
 @_declare("operation_changed", Role.NAS, Role.FRONTEND)

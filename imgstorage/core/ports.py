@@ -23,12 +23,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from imgstorage.core.checked import Checked
 from imgstorage.core.mapping import Generation, Held, Mode, Volume
 from imgstorage.core.names import HostName, PoolName, VolumeName, VolumeUuid
+from imgstorage.core.text import DevicePath, Label, Prose
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pool:
+class Pool(Checked):
     """A pool on a host: ``size_bytes`` in all, ``free_bytes`` that can still be written."""
 
     name: PoolName
@@ -127,7 +129,7 @@ class CopyState(str, Enum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
+class Progress(Checked):
     """How far a copy is: bytes of the volume dealt with (of ``total_bytes``), bytes on the network so far.
 
     ``digest`` is set when a way back is done: what the NAS must find in what it received.
@@ -138,12 +140,12 @@ class Progress:
     done_bytes: int = 0
     total_bytes: int = 0
     wire_bytes: int = 0
-    digest: str = ""
-    reason: str = ""
+    digest: Label = ""
+    reason: Prose = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Device:
+class Device(Checked):
     """A device as ``list host storagedev`` shows it.
 
     ``path`` is what a virtual machine opens; ``status`` the dm target (or its userspace equivalent):
@@ -153,11 +155,11 @@ class Device:
 
     volume: VolumeUuid
     name: VolumeName
-    path: str
+    path: DevicePath
     size_bytes: int
-    status: str
-    block_device: str = ""
-    synced: str = ""
+    status: Label
+    block_device: Label = ""
+    synced: Prose = ""
     started: bool = False
     generation: Generation
     nas: HostName

@@ -30,6 +30,7 @@ from imgstorage.config import CONFIG_DIR, DaemonConfig
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.messages import Hello
 from imgstorage.core.post import Letter
+from imgstorage.daemons import logs
 from imgstorage.daemons.tasks import ThreadTasks
 from imgstorage.engine.world import World
 
@@ -163,11 +164,8 @@ def _lock(config: DaemonConfig, program: str) -> int:
 
 
 def _log_to(config: DaemonConfig) -> None:
-    handler: logging.Handler
-    handler = logging.FileHandler(config.log_file) if config.log_file else logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    root.handlers[:] = [logs.handler(config.log_file)]
     root.setLevel(config.log_level.upper())
     for noisy in ("pika", "qemu"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

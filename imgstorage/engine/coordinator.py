@@ -44,6 +44,8 @@ from imgstorage.engine.world import World
 log = logging.getLogger(__name__)
 
 STATUS_S = 3.0
+SAID_AGAIN_S = 10.0
+"""A daemon that comes and goes, or that only says so, is logged no more often than this."""
 ROLES = {"nas": Role.NAS, "container": Role.CONTAINER}
 
 
@@ -52,7 +54,8 @@ class Coordinator:
 
     def __init__(self, world: World, records: FrontendRecords, img_sync: bool) -> None:
         self._records, self._post, self._tasks = records, world.post, world.tasks
-        self._img_sync = img_sync
+        self._img_sync, self._clock = img_sync, world.clock
+        self._greeted: dict[tuple[Role, str], tuple[str, float]] = {}
         self._questions = Questions(world)
         handlers: dict[type[Message], Handler] = {
             **dict.fromkeys((UnmapZvol, AddZvol, DelZvol, DumpZvol, ListZvols), self._to_nas),
@@ -195,6 +198,11 @@ class Coordinator:
     # -- hosts
 
     def _hello(self, letter: Letter, hello: Hello) -> Message | None:
+        known, said_at = self._greeted.get((letter.role, letter.host), ("", 0.0))
+        now = self._clock.now()
+        if hello.life == known or now - said_at < SAID_AGAIN_S:
+            return None
+        self._greeted[letter.role, letter.host] = (hello.life, now)
         log.info("%s %s (version %s) is here", hello.role.value, letter.host, hello.version)
         if hello.version != __version__:
             log.warning("%s runs version %s, this is %s", letter.host, hello.version, __version__)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from imgstorage.core.errors import IllegalEvent, ImgStorageError
-from imgstorage.core.messages import ErrorAnswer, Message, Role
+from imgstorage.core.messages import ErrorAnswer, Hello, Message, Role
 from imgstorage.core.post import Letter
 from imgstorage.engine.world import World
 
@@ -33,6 +33,8 @@ class Inbox:
         message = letter.message
         if letter.role not in message.senders:
             raise ImgStorageError("wrong_sender", f"{letter.role.value} {letter.host} may not send {message.action}")
+        if isinstance(message, Hello) and (message.role is not letter.role or letter.host not in ("", message.host)):
+            raise ImgStorageError("wrong_sender", f"{letter.role.value} {letter.host} says hello as {message.host}")
         handler = self._handlers.get(type(message))
         if handler is None:
             raise ImgStorageError("bad_message", f"{message.action} is not for this daemon")

@@ -165,8 +165,8 @@ class NasEngine:
         if op is not None:
             self._book.progress(op, progress)
 
-    def _hello(self, letter: Letter, hello: Hello) -> Message | None:
-        if hello.role is Role.CONTAINER and letter.role is Role.CONTAINER:
+    def _hello(self, letter: Letter, _hello: Hello) -> Message | None:
+        if letter.role is Role.CONTAINER:
             for mapping in self._records.mappings():
                 if letter.host in (mapping.container, mapping.second) and mapping.locked:
                     self._driver.restarted(mapping)

@@ -7,9 +7,11 @@ the supervisor, nothing else; ``sandbox down`` then ends what serves devices.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -18,6 +20,7 @@ from pathlib import Path
 
 from imgstorage.bus.definitions import definitions
 from imgstorage.core.errors import ImgStorageError
+from imgstorage.daemons import logs
 from imgstorage.sandbox.broker import Broker, start_broker
 from imgstorage.sandbox.layout import Host, Layout, write_private
 from imgstorage.tools import run
@@ -26,6 +29,8 @@ log = logging.getLogger("supervisor")
 
 LOOK_EVERY_S = 0.1
 LONGEST_PAUSE_S = 10.0
+LARGEST_LOG_BYTES = 16 << 20
+"""A log that is larger becomes ``NAME.1``, in the place of the one before: each takes at most twice as much."""
 MODULES = {"frontend": "frontend", "nas": "nas", "container": "container"}
 
 
@@ -79,6 +84,7 @@ class Supervisor:
             self._keep("broker", self._broker)
             for host in self._layout.all_hosts():
                 self._keep(host.name, lambda host=host: self._daemon(host))
+            self._bound_logs()
             self.stop.wait(LOOK_EVERY_S)
         for host in self._layout.all_hosts():
             daemon_of(self._layout, host).signal(signal.SIGTERM)
@@ -104,6 +110,15 @@ class Supervisor:
             self._pause[name] = min(pause * 2, LONGEST_PAUSE_S)
         elif time.monotonic() > self._next.get(name, 0.0) + LONGEST_PAUSE_S:
             self._pause.pop(name, None)
+
+    def _bound_logs(self) -> None:
+        """Copied and cut off, because daemons have them open as their stderr, to append."""
+        layout = self._layout
+        for path in (layout.folder / "supervisor.log", *map(layout.log_of, layout.all_hosts())):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_size > LARGEST_LOG_BYTES:
+                    shutil.copyfile(path, path.with_name(f"{path.name}.1"))
+                    os.truncate(path, 0)
 
     def _broker(self) -> bool:
         try:
@@ -150,7 +165,7 @@ def start(layout: Layout) -> None:
 
 def main(argv: list[str]) -> int:
     """Look after the sandbox in the folder that is the one argument."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, handlers=[logs.handler(None)])
     layout = Layout.load(Path(argv[0]))
     lock = os.open(layout.folder / "supervisor.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:

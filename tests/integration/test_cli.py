@@ -170,6 +170,12 @@ def test_add_prints_what_the_guide_shows(cli, frontend):
     assert 0 < asked.expires_at - time.time() < 60
 
 
+def test_what_a_host_calls_its_device_cannot_steer_the_terminal(cli, frontend):
+    frontend.answer = at_once(Milestone.DONE, device="\x1b]0;pwn\x07..\n Success")
+    status, out, _err = cli.run(ADD, "rocks")
+    assert (status, out.splitlines()[1:]) == (0, ["?]0;pwn?..? Success"])
+
+
 def test_img_sync_and_remotepool_are_passed_on(cli, frontend):
     frontend.answer = at_once(Milestone.DONE, device="d")
     assert cli.run(f"{ADD} img_sync=true remotepool=scratch")[0] == 0

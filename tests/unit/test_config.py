@@ -78,9 +78,11 @@ WRONG = [
     ("nas", "nas", "pool.tank", "relative"), ("nas", "nas", "pool.-x", "/x"), ("nas", "nas", "pool.", "/x"),
     ("nas", "nas", "plane", "imaginary"), ("nas", "nas", "port", "0"), ("nas", "nas", "port", "65536"),
     ("nas", "nas", "port", "x"), ("nas", "nas", "port", "-1"), ("nas", "nas", "port", "1.5"),
+    ("nas", "nas", "run_dir", "run"), ("nas", "nas", "import_dirs", '"/a b'), ("nas", "nas", "import_dirs", "/a b"),
     ("nas", "nas", "trash_hours", "-1"), ("nas", "nas", "import_dirs", "images"), ("nas", "nas", "speed", "1"),
     ("container", "container", "pool.tank", ""), ("container", "container", "vm_container_zpool", "pond"),
     ("container", "container", "vm_container_zpool", "a b"), ("container", "container", "run_dir", "run"),
+    ("container", "container", "run_dir", "/a b"),
     ("container", "container", "fuse", "perhaps"), ("container", "container", "copy_speed", "fast"),
     ("container", "container", "copy_speed", "-1"), ("container", "container", "watermark", "1.5G"),
     ("container", "container", "plane", "none"),
@@ -153,3 +155,17 @@ def test_a_file_that_is_not_there_and_a_password_others_can_read(good: dict[str,
 def test_a_percent_sign_means_itself(good: dict[str, Fields], tmp_path: Path) -> None:
     good["nas"]["nas"]["pool.tank"] = "/ta%nk"
     assert str(load_nas(write(tmp_path / "x.conf", good["nas"])).pools["tank"]) == "/ta%nk"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("text", "folders"),
+    [
+        ("/a /b,/c", ["/a", "/b", "/c"]), ('"/a b", /c', ["/a b", "/c"]), ("'/a,b'", ["/a,b"]), ("/a\\b", ["/a\\b"]),
+        ("/a#b", ["/a#b"]), ("", []),
+    ],
+)  # fmt: skip
+def test_folders_with_blanks_are_quoted(text: str, folders: list[str], good: dict[str, Fields], tmp_path: Path) -> None:
+    good["nas"]["nas"]["import_dirs"] = text
+    nas = load_nas(write(tmp_path / "x.conf", good["nas"]))
+    assert [str(folder) for folder in nas.import_dirs] == folders
+    assert nas.run_dir == nas.state_dir

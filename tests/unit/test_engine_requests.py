@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Mode, Phase, VolumeState
-from imgstorage.core.messages import AddZvol, Attachable, CheckAttach, MapZvol, Role, ShowOperation, UnmapZvol
-from imgstorage.core.names import VolumeName
+from imgstorage.core.messages import AddZvol, Attachable, CheckAttach, Hello, MapZvol, Role, ShowOperation, UnmapZvol
+from imgstorage.core.names import HostName, VolumeName
 from imgstorage.core.operations import Milestone
 from imgstorage.core.post import Letter
 from tests.sim.bench import AWAY, HOME, NAS, VOL, Bench, quiet
@@ -303,3 +304,31 @@ def test_a_request_for_another_nas_is_refused(bench: Bench) -> None:
     with pytest.raises(ImgStorageError) as caught:
         bench.cluster.nas._requests.accept(letter, replace(letter.message, nas="nas-7-7"))  # type: ignore[type-var]
     assert caught.value.code == "not_allowed"
+
+
+# -- who says hello
+
+
+def hello(bench: Bench, *, host: str = HOME, role: Role = Role.CONTAINER, life: str = "l", to: str = FRONTEND) -> None:
+    message = Hello(host=HostName(host), role=role, version="9", boot="b", life=life)
+    bench.cluster.hosts[to].engine.receive(Letter(message=message, role=Role.CONTAINER, host=HOME))
+
+
+@pytest.mark.parametrize("to", [FRONTEND, NAS, AWAY])
+@pytest.mark.parametrize("claim", [{"host": AWAY}, {"role": Role.NAS}, {"role": Role.FRONTEND}])
+def test_a_daemon_is_who_the_broker_says_it_is(bench: Bench, claim: dict[str, Any], to: str) -> None:
+    with pytest.raises(ImgStorageError) as caught:
+        hello(bench, to=to, **claim)
+    assert caught.value.code == "wrong_sender"
+    hello(bench, to=to)
+
+
+def test_who_says_hello_again_and_again_fills_no_log(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.cluster.clockwork.forward(100.0)
+    with caplog.at_level("INFO", logger="imgstorage.engine.coordinator"):
+        for number in range(50):
+            hello(bench, life="same" if number % 2 else f"l{number}")
+        assert len([one for one in caplog.records if "is here" in one.getMessage()]) == 1
+        bench.cluster.clockwork.forward(20.0)
+        hello(bench, life="new")
+        assert len([one for one in caplog.records if "is here" in one.getMessage()]) == 2

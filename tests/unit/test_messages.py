@@ -40,7 +40,8 @@ st.register_type_strategy(  # type: ignore[arg-type]
     OpId, st.text(LETTERS, min_size=13, max_size=13).map(lambda text: f"op-{text}")
 )
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+TEXT = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=40).map(lambda text: f"/{text}")
+"""What may stand in every field: a word, a sentence and a device."""
 st.register_type_strategy(float, NUMBERS)
 st.register_type_strategy(int, st.integers(-(1 << 62), 1 << 62))
 st.register_type_strategy(str, TEXT)
@@ -188,3 +189,77 @@ def test_an_error_travels_whole(code: str, message: str, host: str, hint: str) -
     again = answer.error()
     assert (again.code, again.message, again.host, again.hint) == (code, message, host, hint)
     assert ErrorAnswer(code="of_the_future", message="m").error().code == "failed"
+
+
+# -- text that comes from other hosts
+
+VOLUME = VolumeUuid("00000000-0000-0000-0000-000000000001")
+
+
+def report(kind: str, **more: object) -> bytes:
+    body = {"op": "op-aaaaaaaaaaaaa", "volume": VOLUME, "generation": {"counter": 1, "grant": "01234567"}, **more}
+    return json.dumps({"v": PROTOCOL_VERSION, "type": kind, "body": body}).encode()
+
+
+def hello(**more: str) -> bytes:
+    body = {"host": "compute-0-0", "role": "container", "version": "1", "boot": "b", "life": "l", **more}
+    return json.dumps({"v": PROTOCOL_VERSION, "type": "hello", "body": body}).encode()
+
+
+BAD_WORDS = ["a b", "1.0\n2026-01-01 INFO forged", "\x1b]0;pwn\x07", "x" * 900_000, "ü", "\x9b2J", "\u202e"]
+
+
+@pytest.mark.parametrize("word", BAD_WORDS)
+@pytest.mark.parametrize("field", ["version", "boot", "life"])
+def test_a_word_is_a_word(field: str, word: str) -> None:
+    assert decode(hello(**{field: "1.0-rc1+deb12"}))
+    error = refused(hello(**{field: word}))
+    assert error.code == "bad_name"
+    assert len(error.message) < 400
+    assert error.message.isprintable()
+
+
+@pytest.mark.parametrize("device", ["/dev/mapper/vol1-snap", "nbd+unix:///vol1-snap?socket=/run/imgstorage/v/b1.nbd"])
+def test_a_device_that_can_be(device: str) -> None:
+    assert isinstance(decode(report("zvol_attached", device=device)), Message)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "",
+        "dev/x",
+        "\x1b]0;pwn\x07",
+        "/dev/x\nSuccess",
+        "/dev/a b",
+        "http:///x",
+        "/" * 2000,
+        "nbd+unix://host/x",
+        "/\x9b",
+    ],
+)
+def test_a_device_that_cannot_be(device: str) -> None:
+    assert refused(report("zvol_attached", device=device)).code == "bad_name"
+
+
+def test_a_sentence_is_put_right_and_not_lost() -> None:
+    said = "held by\x1b]0;x\x07 qemu\n2026 INFO forged" + "x" * 5000
+    told = decode(report("step_failed", step="tell_detach", code="in_use", message=said, retry=False))
+    assert isinstance(told, StepFailed)
+    assert told.message.startswith("held by?]0;x? qemu 2026 INFO forgedxxx")
+    assert len(told.message) == 2000
+    answer = ErrorAnswer(code="failed", message="a\nb", hint="\x1b[2J")
+    assert (answer.message, answer.hint) == ("a b", "?[2J")
+    assert decode(encode(answer)) == answer
+
+
+def test_what_is_inside_a_message_is_checked_too() -> None:
+    body = {"state": "paused", "reason": "full\r\n\x1b[2J"}
+    told = decode(report("zvol_progress", progress=body))
+    assert told.progress.reason == "full ?[2J"  # type: ignore[attr-defined]
+    assert refused(report("zvol_progress", progress={**body, "digest": "a\nb"})).code == "bad_name"
+    status = {"host": "compute-0-0", "role": "container", "version": "1", "alarms": ["ok", "a\nb"]}
+    told = decode(json.dumps({"v": PROTOCOL_VERSION, "type": "status", "body": status}).encode())
+    assert told.alarms == ("ok", "a b")  # type: ignore[attr-defined]
+    status["pools"] = [{"name": "a b", "size_bytes": 1, "free_bytes": 1}]
+    assert refused(json.dumps({"v": PROTOCOL_VERSION, "type": "status", "body": status}).encode()).code == "bad_name"

@@ -37,7 +37,7 @@ COMMAND_S = 900.0
 RESTART_S = 30.0
 LOOK_EVERY_S = 0.05
 PROGRAMS = {NAS: "img-storage-nas", CONTAINER: "img-storage-vm"}
-_COMPLAINT = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b|^Traceback|^\w+Error")
+_COMPLAINT = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b|^ *Traceback|^ *\w+Error")
 _ENTRY = "import sys; from imgstorage.cli.main import {program}; sys.exit({program}())"
 
 
