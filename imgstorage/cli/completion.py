@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from imgstorage.cli.grammar import Argument, Call, Verb, starting_with
+from imgstorage.cli.out import put
 from imgstorage.core.errors import EXIT_OK, ImgStorageError
 
 PATIENCE_S = 1.0
@@ -49,7 +50,7 @@ compdef _imgstorage imgstorage
 
 def script(call: Call) -> int:
     """``completion bash|zsh``."""
-    print({"bash": BASH, "zsh": ZSH}[call.one("SHELL")], end="")
+    put({"bash": BASH, "zsh": ZSH}[call.one("SHELL")], end="")
     return EXIT_OK
 
 
@@ -59,7 +60,7 @@ def complete(call: Call) -> int:
 
     words = call.many("WORD") or ("",)
     for candidate in candidates(VERBS, words[:-1], words[-1], call):
-        print(candidate)
+        put(candidate)
     return EXIT_OK
 
 

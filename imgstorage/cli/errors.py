@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 
 from imgstorage.cli.grammar import UsageError
+from imgstorage.cli.out import give_up
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.text import shown
 
@@ -19,8 +20,8 @@ MAPPINGS = "imgstorage list host storagemap {nas}"
 OPERATION = "imgstorage show operation {op}"
 AGAIN = "the same command again"
 ADVICE: dict[str, str] = {
-    "usage": "imgstorage help",
-    "bad_name": "imgstorage help",
+    "usage": "{about}",
+    "bad_name": "{about}",
     "bad_size": "a whole number of GiB, or with K, M, G or T: 10, 512M",
     "bad_config": "mend the file named above, or name another with --config FILE",
     "busy": MAPPINGS + " output-col=zvol,state,phase,op,note",
@@ -64,20 +65,37 @@ class Interrupted(KeyboardInterrupt):
         self.accepted = accepted
 
 
+class StillRunning(KeyboardInterrupt):
+    """Ctrl-C where something was started that goes on: ``what`` it is, and the command (``then``) that ends it."""
+
+    def __init__(self, what: str, then: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.then = then
+
+
 def say(text: str, *, indent: str = "") -> None:
-    """One line to the person, on stderr: not part of what the command prints."""
-    print(f"{indent}{_printable(text)}", file=sys.stderr, flush=True)
+    """One line to the person, on stderr: not part of what the command prints. Nothing can be done if it is full."""
+    try:
+        print(f"{indent}{_printable(text)}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        give_up(sys.stderr)
 
 
-def report(error: ImgStorageError, *, debug: bool = False, nas: str = "") -> int:
-    """Print an error; returns the exit status of a command that ends with it. ``nas``: the one it was about."""
+def report(error: ImgStorageError, *, debug: bool = False, nas: str = "", about: str = "imgstorage help") -> int:
+    """Print an error; returns the exit status of a command that ends with it.
+
+    ``nas``: the one it was about; ``about``: what explains the command.
+    """
     say(f"error: {error}")
     if isinstance(error, UsageError):
         for choice in error.choices:
             say(choice, indent="  ")
         if error.usage:
             say(f"usage: {error.usage}")
-    say(f"try: {error.hint or ADVICE[error.code].format(nas=nas or 'NAS')}")
+    say(f"try: {error.hint or ADVICE[error.code].format(nas=nas or 'NAS', about=about)}")
     if debug:
         import traceback
 
@@ -98,6 +116,9 @@ def report_interrupt(interrupt: KeyboardInterrupt) -> int:
         goes_on = "goes on" if interrupt.accepted else "may have been accepted, and then goes on,"
         say(f"interrupted: the work {goes_on} as {interrupt.op}")
         say(f"try: {OPERATION.format(op=interrupt.op)}")
+    elif isinstance(interrupt, StillRunning):
+        say(f"interrupted: {interrupt.what}")
+        say(f"try: {interrupt.then}")
     else:
         say("interrupted")
     return EXIT_INTERRUPTED

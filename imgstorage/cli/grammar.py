@@ -23,11 +23,13 @@ _PARAMETER = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)=(.*)", re.DOTALL)
 
 @dataclass(frozen=True, kw_only=True)
 class Argument:
-    """One argument. ``many``: any number of them, also none. ``usage`` is what a usage line shows, if not the name."""
+    """One argument. ``many``: any number of them, also none unless ``needed``. ``usage`` is what a usage line shows, if
+    not the name."""
 
     name: str
     help: str
     many: bool = False
+    needed: bool = False
     optional: bool = False
     choices: tuple[str, ...] = ()
     usage: str = ""
@@ -37,7 +39,9 @@ class Argument:
     def shown(self) -> str:
         """As a usage line shows it."""
         name = self.usage or "|".join(self.choices) or self.name
-        return f"[{name}…]" if self.many else f"[{name}]" if self.optional and not self.usage else name
+        if self.many:
+            return f"{name}…" if self.needed else f"[{name}…]"
+        return f"[{name}]" if self.optional and not self.usage else name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +86,14 @@ class Verb:
 
     @property
     def short(self) -> str:
-        """Words and arguments."""
-        return " ".join([self.name, *(argument.shown for argument in self.arguments)])
+        """Words, and all that has to be given."""
+        required = (one.shown for one in self.parameters if one.required)
+        return " ".join([self.name, *(argument.shown for argument in self.arguments), *required])
 
     @property
     def usage(self) -> str:
         """Words, arguments and parameters."""
-        return " ".join([self.short, *(one.shown for one in self.parameters if one.in_usage)])
+        return " ".join([self.short, *(one.shown for one in self.parameters if one.in_usage and not one.required)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +289,7 @@ class _Reader:
         for argument in verb.arguments:
             count = len(given) if argument.many else 1
             values, given = given[:count], given[count:]
-            if not values and not argument.many and not argument.optional:
+            if not values and (argument.needed or not (argument.many or argument.optional)):
                 raise self._wrong(f"{verb.name}: {argument.name} is missing", verb)
             for value in values:
                 if argument.choices and value not in argument.choices:

@@ -6,6 +6,7 @@ from imgstorage.cli import table
 from imgstorage.cli.client import frontend
 from imgstorage.cli.errors import say
 from imgstorage.cli.grammar import Call
+from imgstorage.cli.out import put
 from imgstorage.cli.table import Column
 from imgstorage.core.errors import EXIT_OK
 from imgstorage.core.messages import HostList, HostRow, ListHosts
@@ -47,7 +48,7 @@ def list_hosts(call: Call) -> int:
     table.choose(call, COLUMNS)
     with frontend(call) as door:
         found = door.ask(ListHosts(), HostList).rows
-    print(table.write(call, COLUMNS, None, found), end="", flush=True)
+    put(table.write(call, COLUMNS, None, found), end="")
     for row in found:
         for alarm in row.alarms:
             say(f"warning: {row.host}: {alarm}")

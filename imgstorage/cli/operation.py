@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 from imgstorage.cli.client import ended_badly, frontend
 from imgstorage.cli.grammar import Call
+from imgstorage.cli.out import put
 from imgstorage.cli.table import percent
 from imgstorage.cli.wait import Watch
 from imgstorage.core import names
@@ -32,9 +33,9 @@ def show(call: Call) -> int:
         if call.yes("wait", False) and not operation.ended:
             operation = door.wait_until(operation, Milestone.DONE, watch)
     if call.options.json or call.text("output-format") == "json":
-        print(as_json(operation))
+        put(as_json(operation))
     else:
-        print(as_text(operation), end="", flush=True)
+        put(as_text(operation), end="")
     if call.yes("wait", False) and operation.milestone in FINAL - {Milestone.DONE}:
         raise ended_badly(operation)
     return EXIT_OK

@@ -8,6 +8,7 @@ from typing import Any
 from imgstorage.cli import errors, table
 from imgstorage.cli.client import Frontend, frontend
 from imgstorage.cli.grammar import Call
+from imgstorage.cli.out import put
 from imgstorage.cli.table import Column
 from imgstorage.core import names
 from imgstorage.core.errors import EXIT_OK, ImgStorageError
@@ -34,7 +35,7 @@ def by_host(
 ) -> int:
     """A table of what ``fetch`` brings from each host; of all hosts of that role if none is named."""
     table.choose(call, columns)  # a mistyped column is said before anybody is asked
-    wanted = [names.host_name(host) for host in hosts]
+    wanted = list(dict.fromkeys(names.host_name(host) for host in hosts))
     found: list[Any] = []
     failed: list[tuple[HostName, ImgStorageError]] = []
     with frontend(call) as door:
@@ -46,7 +47,7 @@ def by_host(
                     raise
                 failed.append((host, error))
     if found or not failed:
-        print(table.write(call, columns, owner, found), end="", flush=True)
+        put(table.write(call, columns, owner, found), end="")
     status = EXIT_OK
     for host, why in failed:
         status = max(status, errors.report(why.at(host), debug=call.options.debug, nas=host))

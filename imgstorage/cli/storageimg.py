@@ -8,6 +8,7 @@ from imgstorage.cli import rows, storagemap, table
 from imgstorage.cli.client import expiry, frontend, requester
 from imgstorage.cli.errors import say
 from imgstorage.cli.grammar import Call, UsageError
+from imgstorage.cli.out import put
 from imgstorage.cli.table import Column
 from imgstorage.cli.wait import Watch
 from imgstorage.core import names
@@ -88,13 +89,13 @@ def _run(call: Call, request: AddZvol | DelZvol | DumpZvol, line: str) -> int:
     with frontend(call) as door, Watch(f"{line.split(maxsplit=1)[0]} {request.pool}/{request.volume}") as watch:
         answer = door.begin(request, request.op, request.expires_at)
         operation = answer.operation
-        print(line, flush=True)
+        put(line, op=operation.op)
         if answer.repeated:
             known = f" ({operation.op})" if operation.accepted_at else ""  # what was done already needed no operation
             say(f"{request.pool}/{request.volume}: {operation.note}{known}")
         operation = door.wait(operation, Milestone.DONE if call.yes("wait", True) else Milestone.ACCEPTED, watch)
     if operation.ended:
-        print("Success", flush=True)
+        put("Success", op=operation.op)
     else:
         say(f"goes on as {operation.op} (imgstorage show operation {operation.op} wait=yes)")
     return EXIT_OK

@@ -11,6 +11,7 @@ from imgstorage.cli import rows, table
 from imgstorage.cli.client import Frontend, expiry, frontend, requester
 from imgstorage.cli.errors import say
 from imgstorage.cli.grammar import Call
+from imgstorage.cli.out import put
 from imgstorage.cli.table import Column
 from imgstorage.cli.wait import Watch
 from imgstorage.core import names
@@ -110,8 +111,8 @@ def add(call: Call) -> int:
     what = f"{request.pool} / {request.volume}"
     with frontend(call) as door, Watch(f"mapping {request.pool}/{request.volume}") as watch:
         answer, new = _begin_map(door, request, size_bytes)
-        print(f"mapping  {request.nas} : {what}  on  {request.container}", flush=True)
         operation = answer.operation
+        put(f"mapping  {request.nas} : {what}  on  {request.container}", op=operation.op)
         if answer.repeated:
             being = "" if operation.reached(Milestone.USABLE) else "being "
             say(f"{request.pool}/{request.volume} is already {being}mapped on {operation.container} ({operation.op})")
@@ -119,7 +120,7 @@ def add(call: Call) -> int:
         if new:
             size = names.format_size(size_bytes)
             say(f"{request.nas} has no {request.pool}/{request.volume}: a new, empty volume of {size} is created")
-        print(shown(operation.device), flush=True)
+        put(shown(operation.device), op=operation.op)
         if call.yes("wait", False):
             door.wait(operation, Milestone.DONE, watch)
     return EXIT_OK
@@ -160,14 +161,14 @@ def remove(call: Call) -> int:
     with frontend(call) as door, Watch(f"unmapping {request.volume}") as watch:
         answer = door.begin(request, request.op, request.expires_at)
         operation = answer.operation
-        print(f"unmapping   {request.nas} : {request.volume}", flush=True)
+        put(f"unmapping   {request.nas} : {request.volume}", op=operation.op)
         if answer.repeated:
             being = "" if operation.ended else f"being unmapped ({operation.op})"
             say(f"{request.volume} is already {being or 'unmapped'}")
         if request.force and not answer.repeated:
             say(f"force=yes: whatever holds the device of {request.volume} open is cut off")
         operation = door.wait(operation, Milestone.DONE if waits else Milestone.LET_GO, watch)
-    print("Success", flush=True)
+    put("Success", op=operation.op)
     if not operation.ended:
         say(_goes_on(operation))
     return EXIT_OK

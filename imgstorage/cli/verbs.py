@@ -231,7 +231,7 @@ VERBS = (
         handler="imgstorage.cli.sandboxes:run",
         arguments=(
             Argument(name="HOST", help="the host"),
-            Argument(name="COMMAND", help="the command and its arguments", many=True, usage="COMMAND"),
+            Argument(name="COMMAND", help="the command and its arguments", many=True, needed=True),
         ),
         parameters=(DIR,),
         verbatim=True,

@@ -240,8 +240,6 @@ def _logs(layout: Layout, arguments: list[str], parameters: dict[str, str]) -> i
 
 def _exec(layout: Layout, arguments: list[str]) -> int:
     """Run a command on a host: in its folder, with its configuration and its target daemon in the environment."""
-    if len(arguments) < 2:
-        raise ImgStorageError("usage", "sandbox exec HOST COMMAND…")
     host = layout.host(arguments[0])
     path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}:{tool.SYSTEM_PATH}"
     environment = {

@@ -85,18 +85,21 @@ class Cli:
         secret.write_text(broker.password(OPERATOR))
         conf = folder / "client.conf"
         conf.write_text(f"[broker]\nurls = {','.join(broker.urls)}\nuser = operator\npassword_file = {secret}\n")
-        self._env = {**os.environ, "PYTHONPATH": str(ROOT), "IMGSTORAGE_CLIENT": str(conf)}
+        self.env = {**os.environ, "PYTHONPATH": str(ROOT), "IMGSTORAGE_CLIENT": str(conf)}
         self._running: list[subprocess.Popen[str]] = []
 
-    def start(self, line: str, name: str = "main") -> subprocess.Popen[str]:
+    def argv(self, line: str, name: str = "main") -> list[str]:
         # A test run in the background of a shell ignores SIGINT, and so would its children.
         code = (
             "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             f"from imgstorage.cli.main import {name}; sys.exit({name}())"
         )
+        return [sys.executable, "-c", code, *line.split()]
+
+    def start(self, line: str, name: str = "main") -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-c", code, *line.split()],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self._env,
+            self.argv(line, name),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.env,
         )  # fmt: skip
         self._running.append(process)
         return process
@@ -174,6 +177,25 @@ def test_what_a_host_calls_its_device_cannot_steer_the_terminal(cli, frontend):
     frontend.answer = at_once(Milestone.DONE, device="\x1b]0;pwn\x07..\n Success")
     status, out, _err = cli.run(ADD, "rocks")
     assert (status, out.splitlines()[1:]) == (0, ["?]0;pwn?..? Success"])
+
+
+@pytest.mark.parametrize(
+    ("line", "milestone"),
+    [
+        (ADD, Milestone.USABLE), (REMOVE, Milestone.DONE), ("add host storageimg nas-0-0 tank vol2 1", Milestone.DONE),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("where", [">&-", ">/dev/full"])
+def test_an_answer_that_cannot_be_printed_names_the_operation(cli, frontend, line, milestone, where):
+    frontend.answer = at_once(milestone, device="/d")
+    ended = subprocess.run(["bash", "-c", f'exec "$@" {where}', "-", *cli.argv(line)], env=cli.env,
+                           capture_output=True, text=True, timeout=PATIENCE_S, check=False)  # fmt: skip
+    (asked,) = frontend.asked
+    said = ended.stderr.splitlines()
+    assert ended.returncode == 1
+    assert said[0].startswith("error: cannot write to stdout: ")
+    assert said[0].endswith(f"; what was asked for is done, or goes on, as {asked.op}")
+    assert said[1:] == [f"try: imgstorage show operation {asked.op}"]
 
 
 def test_img_sync_and_remotepool_are_passed_on(cli, frontend):
@@ -313,11 +335,12 @@ def test_one_host_away_does_not_hide_the_others(cli, frontend):
         return ZvolList(rows=(row(1),))
 
     frontend.answer = answer
-    for line in ("list host storagemap", "list host storagemap nas-0-1 nas-0-0"):
-        status, out, err = cli.run(line)
-        assert status == 4
+    for hosts in ("", "nas-0-1 nas-0-0", "nas-0-1 nas-0-0 nas-0-1 nas-0-0"):
+        status, out, err = cli.run(f"list host storagemap {hosts}")
+        assert (status, len(out.splitlines())) == (4, 2)
         assert out.splitlines()[1].startswith("vol00001 ")
         assert err.startswith("error: nas-0-1: img-storage-nas is not connected\ntry: ")
+        assert len(err.splitlines()) == 2
 
 
 def test_ten_thousand_volumes_page_by_page(cli, frontend):

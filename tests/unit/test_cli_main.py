@@ -224,6 +224,75 @@ def test_nobody_reads_any_more():
     assert ended.stderr == b""
 
 
+def in_shell(line: str, name: str = "main") -> subprocess.CompletedProcess[str]:
+    """A command line with redirections; the program is ``it``, and buffers what it prints as usual."""
+    how = f'{sys.executable} -c "{PROGRAM.format(name=name)}"'
+    return subprocess.run(["bash", "-c", line.replace("it", how, 1)],
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+                          capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+
+
+@pytest.mark.parametrize(("where", "why"), [(">&-", "Bad file descriptor"), (">/dev/full", "No space left on device")])
+@pytest.mark.parametrize("line", ["help", "--version", "completion bash", "list host storagemap help"])
+def test_what_cannot_be_printed_is_said_by_name(line: str, where: str, why: str) -> None:
+    ended = in_shell(f"it {line} {where}")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.splitlines()[0] == f"error: cannot write to stdout: {why}"
+    assert len(ended.stderr.splitlines()) == 2, "no traceback, and nothing of the interpreter's own"
+
+
+def test_errors_are_never_printed_on_stdout() -> None:
+    for where in ("2>&-", "2>/dev/full", ">&- 2>&-"):
+        ended = in_shell(f"it foo {where}", "rocks")
+        assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "")
+
+
+def test_an_interrupt_while_it_begins_leaves_no_traceback() -> None:
+    """Ctrl-C in the first hundredth of a second comes while modules are imported."""
+    interrupts = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *more):\n"
+        "        if name == {name!r}: raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from imgstorage.cli.main import main; sys.exit(main())"
+    )
+    names = ["cli.errors", "cli.out", "core.errors", "cli.verbs", "cli.grammar", "cli.helptext"]
+    for name in names:
+        code = interrupts.format(name=f"imgstorage.{name}")
+        ended = subprocess.run([sys.executable, "-c", code, "help"], capture_output=True, text=True, cwd=ROOT,
+                               timeout=60, check=False)  # fmt: skip
+        assert (ended.returncode, ended.stdout) == (130, ""), name
+        assert ended.stderr in ("", "interrupted\n")
+
+
+def test_an_interrupted_sandbox_up_says_how_to_end_it(monkeypatch, capsys):
+    def interrupted(*_args: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("imgstorage.sandbox.command.run", interrupted)
+    assert run("imgstorage", ["sandbox", "up", "dir=/tmp/a b"]) == 130
+    assert "try: imgstorage sandbox down dir='/tmp/a b'" in capsys.readouterr().err
+    assert run("imgstorage", ["sandbox", "logs"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_advice_names_the_program_and_the_command(capsys):
+    assert run("rocks", ["remove", "host", "storagemap", "NAS", "vol1"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "try: rocks remove host storagemap help"
+    assert run("rocks", ["frobnicate"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "try: rocks help"
+
+
+def test_what_has_to_be_given_is_in_the_overview(capsys):
+    assert run("imgstorage", ["help"]) == 0
+    printed = capsys.readouterr().out
+    assert "dump host storageimg NAS ZPOOL VOLUME file=PATH " in printed
+    assert "sandbox exec HOST COMMAND… " in printed
+    assert run("imgstorage", ["sandbox", "exec", "help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: imgstorage sandbox exec HOST COMMAND… [dir=FOLDER]\n")
+
+
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8", "POSIX"])
 def test_arguments_that_are_no_text_are_refused(locale):
     ended = start("main", "list", "host", "storagemap", b"nas-\xff", LC_ALL=locale)
