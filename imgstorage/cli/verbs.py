@@ -120,7 +120,9 @@ VERBS = (
     Verb(
         words=("add", "host", "storageimg"),
         summary="make a volume",
-        text="Makes an empty volume, or one with the contents of a disk image (raw or qcow2) that is on the NAS.",
+        text="Makes an empty volume, or one with the contents of a disk image (raw or qcow2) that is on the NAS. The "
+        "same again, while it goes on or when it is done, says so and is a success; whether the file has changed since "
+        "is not looked at.",
         handler="imgstorage.cli.storageimg:add",
         arguments=(
             NAS,

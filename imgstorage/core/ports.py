@@ -144,6 +144,14 @@ class Progress(Checked):
     reason: Prose = ""
 
 
+Tell = Callable[[Progress], None]
+"""Called now and then, from any thread, with how far something is."""
+
+
+def untold(_progress: Progress) -> None:
+    """For those who do not want to know how far something is."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device(Checked):
     """A device as ``list host storagedev`` shows it.
@@ -244,12 +252,12 @@ class NasPlane(Protocol):
         """What is in an image on this NAS. Raises ``not_allowed`` (outside import_dirs), ``bad_image``."""
         ...
 
-    def import_image(self, volume: Volume, image: ImageInfo) -> None:
+    def import_image(self, volume: Volume, image: ImageInfo, tell: Tell = untold) -> None:
         """Make ``volume`` and fill it from ``image``; the volume appears whole or not at all. As ``create``."""
         ...
 
-    def dump(self, volume: Volume, path: str) -> None:
-        """Write the volume's bytes as a new sparse raw file inside ``import_dirs``.
+    def dump(self, volume: Volume, path: str, tell: Tell = untold) -> None:
+        """Write the volume's bytes as a new sparse raw file inside ``import_dirs``, for its owner only.
 
         Raises ``exists``, ``not_allowed``.
         """

@@ -120,6 +120,10 @@ class NasRecords(Protocol):
         """Whether the last volume of this name was removed by an operation that is done."""
         ...
 
+    def imported(self, pool: PoolName, name: VolumeName) -> OpId | None:
+        """The operation that imported the last volume of this name, if none removed it since."""
+        ...
+
     def log(self, line: JournalLine) -> None:
         """Append to the journal."""
         ...

@@ -28,7 +28,7 @@ from imgstorage.core.messages import (
     decode,
 )
 from imgstorage.core.names import OpId, VolumeUuid
-from imgstorage.core.ports import NasPlane
+from imgstorage.core.ports import NasPlane, Progress, Tell
 from imgstorage.core.records import NasRecords
 from imgstorage.engine.book import Book
 from imgstorage.engine.driver import DATABASE_PAUSE_S, Driver
@@ -196,12 +196,23 @@ class Jobs:
         with self._records.write():
             self._book.note(request.op, f"importing {image.size_bytes} bytes of {image.format}")
         try:
-            self._plane.import_image(volume, image)
+            self._plane.import_image(volume, image, self._teller(request.op))
         except BaseException:
             self._records.forget_volume(volume.uuid)
             raise
         self._records.save_volume(replace(volume, state=VolumeState.READY))
         return self._done(request.op, f"imported {image.size_bytes} bytes from {request.image}")
+
+    def _teller(self, op: OpId) -> Tell:
+        """Lets whoever waits for an operation know how far it is."""
+
+        def tell(progress: Progress) -> None:
+            try:
+                self._book.progress(op, progress)
+            except ImgStorageError as error:  # the work itself is well
+                log.debug("how far %s is was not told: %s", op, error)
+
+        return tell
 
     def _delete(self, request: DelZvol) -> bool:
         volume = self._records.volume_at(request.pool, request.volume)
@@ -223,7 +234,7 @@ class Jobs:
         volume = self._records.volume_at(request.pool, request.volume)
         if volume is None:
             raise ImgStorageError("not_found", f"there is no volume {request.pool}/{request.volume}")
-        self._plane.dump(volume, request.path)
+        self._plane.dump(volume, request.path, self._teller(request.op))
         return self._done(request.op, f"written to {request.path}")
 
 

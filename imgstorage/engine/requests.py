@@ -25,6 +25,7 @@ from imgstorage.core.messages import (
     OperationAnswer,
     ShowOperation,
     UnmapZvol,
+    decode,
     encode,
 )
 from imgstorage.core.names import PoolName, VolumeName, check_size
@@ -139,6 +140,9 @@ class Requests:
         return OperationAnswer(operation=current, repeated=current.op != request.op or current.ended)
 
     def _accept_add(self, request: AddZvol) -> Message:
+        same = self._same_import(request)
+        if same is not None:
+            return OperationAnswer(operation=same, repeated=True)
         self._not_reserved(request.pool, request.volume)
         if (request.image is None) == (request.size_bytes is None):
             raise ImgStorageError("usage", "give either a size or an image")
@@ -156,6 +160,22 @@ class Requests:
             check_size(request.size_bytes)
         self._pool(request.pool)
         return self._accepted(Kind.ADD if request.image is None else Kind.IMPORT, request)
+
+    def _same_import(self, request: AddZvol) -> Operation | None:
+        """The operation that imports the same file into the same volume, or made the volume that is there of it."""
+        there = self._records.volume_at(request.pool, request.volume)
+        op = self._jobs.owner(request.pool, request.volume)
+        if op is None and there is not None and there.state is VolumeState.READY:
+            op = self._records.imported(request.pool, request.volume)
+        body = self._records.request(op) if op is not None and request.image is not None else b""
+        if op is None or not body:
+            return None
+        try:
+            before = decode(body)
+        except ImgStorageError:  # an earlier version wrote it
+            return None
+        same = isinstance(before, AddZvol) and before.image == request.image and request.size_bytes is None
+        return self._book.find(op) if same else None
 
     def _accept_delete(self, request: DelZvol) -> Message:
         self._not_reserved(request.pool, request.volume)

@@ -134,6 +134,15 @@ class NasStore(Database):
         sql = "SELECT 1 FROM operations WHERE pool = ? AND volume = ? AND kind = 'delete' AND milestone = 'done'"
         return self.row(sql, pool, name) is not None
 
+    def imported(self, pool: PoolName, name: VolumeName) -> OpId | None:
+        """The operation that imported the last volume of this name, if none removed it since."""
+        sql = (
+            "SELECT op, kind FROM operations WHERE pool = ? AND volume = ? AND kind IN ('import', 'delete')"
+            " AND milestone = 'done' ORDER BY accepted_at DESC, rowid DESC LIMIT 1"
+        )
+        row = self.row(sql, pool, name)
+        return OpId(row["op"]) if row and row["kind"] == "import" else None
+
     def log(self, line: JournalLine) -> None:
         """Append to the journal."""
         self.insert("journal", to_row(line))

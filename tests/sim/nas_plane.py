@@ -9,7 +9,20 @@ from dataclasses import replace
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import NEVER_GRANTED, Generation, Mode, Volume
 from imgstorage.core.names import HostName, VolumeUuid
-from imgstorage.core.ports import ExportSeen, Grant, ImageInfo, Pool, Portal, ReturnKind, ReturnPort, Stamp
+from imgstorage.core.ports import (
+    CopyState,
+    ExportSeen,
+    Grant,
+    ImageInfo,
+    Pool,
+    Portal,
+    Progress,
+    ReturnKind,
+    ReturnPort,
+    Stamp,
+    Tell,
+    untold,
+)
 from tests.sim.disks import Delta, NasDisk, Target, VolumeFile, digest_of
 
 
@@ -77,7 +90,7 @@ class MemoryNas:
             raise ImgStorageError("bad_image", f"{path} cannot be read")
         return ImageInfo(path=path, format="raw", size_bytes=self._disk.images[path][0])
 
-    def import_image(self, volume: Volume, image: ImageInfo) -> None:
+    def import_image(self, volume: Volume, image: ImageInfo, tell: Tell = untold) -> None:
         self._point("import_image")
         there = self._disk.files.get(self._path(volume))
         if there is not None and there.volume.uuid != volume.uuid:
@@ -86,9 +99,10 @@ class MemoryNas:
             blocks = dict(self._disk.images[image.path][1])
             stamp = Stamp(volume=volume, generation=NEVER_GRANTED)
             self._disk.files[self._path(volume)] = VolumeFile(stamp=stamp, blocks=blocks)
+        tell(Progress(state=CopyState.DONE, done_bytes=image.size_bytes, total_bytes=image.size_bytes))
         self._point("import_image")
 
-    def dump(self, volume: Volume, path: str) -> None:
+    def dump(self, volume: Volume, path: str, tell: Tell = untold) -> None:
         self._point("dump")
         if not path.startswith("/images/"):
             raise ImgStorageError("not_allowed", f"{path} is outside the import folders")

@@ -11,7 +11,17 @@ import pytest
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Mode, Phase, VolumeState
-from imgstorage.core.messages import AddZvol, Attachable, CheckAttach, Hello, MapZvol, Role, ShowOperation, UnmapZvol
+from imgstorage.core.messages import (
+    AddZvol,
+    Attachable,
+    CheckAttach,
+    Hello,
+    MapZvol,
+    OperationAnswer,
+    Role,
+    ShowOperation,
+    UnmapZvol,
+)
 from imgstorage.core.names import HostName, VolumeName
 from imgstorage.core.operations import Milestone
 from imgstorage.core.post import Letter
@@ -208,6 +218,29 @@ def test_an_image_is_imported_whole_or_not_at_all(bench: Bench) -> None:
         name = VolumeName("other")
         assert bench.people.ended(bench.people.add(name, path)).code == code
         assert bench.cluster.nas_store.volume_at(TANK, name) is None
+
+
+def test_how_far_an_import_is_can_be_seen(bench: Bench) -> None:
+    bench.cluster.nas_disk.images["/images/a.img"] = (SIZE, {1: 5})
+    ended = bench.people.ended(bench.people.add(VOL, "/images/a.img"))
+    assert ended.total_bytes > 0
+    assert ended.done_bytes == ended.total_bytes
+
+
+def test_the_same_import_again_is_the_same_operation(bench: Bench) -> None:
+    images = bench.cluster.nas_disk.images
+    images["/images/a.img"], images["/images/b.img"] = (SIZE, {1: 5}), (SIZE, {1: 6})
+    first = bench.people.accepted(bench.people.add(VOL, "/images/a.img")).op
+    assert bench.people.accepted(bench.people.add(VOL, "/images/a.img")).op == first
+    assert bench.people.ended(first).milestone is Milestone.DONE
+    again = bench.people.answer(bench.people.add(VOL, "/images/a.img"))
+    assert isinstance(again, OperationAnswer)
+    assert (again.operation.op, again.repeated, again.operation.milestone) == (first, True, Milestone.DONE)
+    assert "imported" in again.operation.note
+    assert bench.people.refused(bench.people.add(VOL, "/images/b.img")).code == "exists"
+    assert bench.people.ended(bench.people.delete(VOL)).milestone is Milestone.DONE
+    assert bench.people.ended(bench.people.add(VOL)).milestone is Milestone.DONE
+    assert bench.people.refused(bench.people.add(VOL, "/images/a.img")).code == "exists", "that one was removed"
 
 
 def test_a_dump_is_of_a_volume_at_rest_and_never_overwrites(bench: Bench) -> None:

@@ -14,16 +14,20 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Sequence
+import shlex
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Volume
 from imgstorage.core.names import SECTOR_BYTES, check_size
-from imgstorage.core.ports import ImageInfo
+from imgstorage.core.ports import CopyState, ImageInfo, Progress, Tell
 from imgstorage.planes.common import files
 from imgstorage.planes.userspace.volumes import Volumes, need_space
 from imgstorage.tools import qcow2, qemu_img
+
+TELL_EVERY_S = 0.5
 
 
 def _inside(path: Path, folders: Sequence[Path]) -> bool:
@@ -36,15 +40,20 @@ def _bad(path: Path, why: str) -> ImgStorageError:
 
 def inspect(path: str, folders: Sequence[Path]) -> ImageInfo:
     """As :meth:`NasPlane.image_info`; the path returned has no links in it. Raises ``not_found`` too."""
-    real = Path(os.path.realpath(path))
+    try:
+        real = Path(os.path.realpath(path))
+    except ValueError as error:
+        raise ImgStorageError("bad_image", f"{path!r} cannot be a file's path: {error}") from None
     if not path.startswith("/") or not _inside(real, folders):
         allowed = ", ".join(str(folder) for folder in folders) or "no folder"
         raise ImgStorageError("not_allowed", f"images are taken from {allowed} only", hint=f"move {path} there")
-    if not real.exists():
-        raise ImgStorageError("not_found", f"there is no image {path}")
-    if not real.is_file():
-        raise _bad(real, "it is not a regular file")
     try:
+        if not real.exists():
+            raise ImgStorageError("not_found", f"there is no image {path}",
+                                  hint=f"put it there on the NAS, or: ls -l {shlex.quote(str(real.parent))}",
+                                  )  # fmt: skip
+        if not real.is_file():
+            raise _bad(real, "it is not a regular file")
         found = qcow2.image_format(real)
         if found == "qcow2":
             return _inspect_qcow2(real)
@@ -92,7 +101,7 @@ def refuse_missing_data(path: Path, extents: Sequence[qemu_img.Extent]) -> None:
             raise _bad(path, f"it is cut off: data of {extent.start} lies beyond its {size} bytes")
 
 
-def fill(volumes: Volumes, volume: Volume, image: ImageInfo, folders: Sequence[Path]) -> None:
+def fill(volumes: Volumes, volume: Volume, image: ImageInfo, folders: Sequence[Path], tell: Tell) -> None:
     """As :meth:`NasPlane.import_image`. The image is looked at again: it may have changed."""
     if volumes.adopt(volume):
         return
@@ -111,14 +120,38 @@ def fill(volumes: Volumes, volume: Volume, image: ImageInfo, folders: Sequence[P
     else:
         wanted = source.stat().st_blocks * 512
     need_space(volumes.folder(volume.pool), wanted, f"the image {image.path}")
-    with volumes.growing(volume) as tmp:
+    with volumes.growing(volume) as tmp, _watched(tmp, wanted, tell):
         qemu_img.convert(qemu_img.node(source, now.format, read_only=True), tmp, "raw")
 
 
-def dump(volumes: Volumes, volume: Volume, path: str, folders: Sequence[Path]) -> None:
+@contextlib.contextmanager
+def _watched(path: Path, total_bytes: int, tell: Tell) -> Iterator[None]:
+    """Tell how much of a sparse file is there while the block fills it: what is allocated, of what is to be copied."""
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(TELL_EVERY_S):
+            with contextlib.suppress(OSError):
+                done = min(path.stat().st_blocks * 512, total_bytes)
+                tell(Progress(state=CopyState.RUNNING, done_bytes=done, total_bytes=total_bytes))
+
+    watcher = threading.Thread(target=look, name="watch", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+    tell(Progress(state=CopyState.DONE, done_bytes=total_bytes, total_bytes=total_bytes))
+
+
+def dump(volumes: Volumes, volume: Volume, path: str, folders: Sequence[Path], tell: Tell) -> None:
     """As :meth:`NasPlane.dump`; the file appears whole or not at all."""
     target = Path(path)
-    folder = Path(os.path.realpath(target.parent))
+    try:
+        folder = Path(os.path.realpath(target.parent))
+    except ValueError as error:
+        raise ImgStorageError("not_allowed", f"{path!r} cannot be a file's path: {error}") from None
     if not path.startswith("/") or target.name in ("", "..") or not _inside(folder, folders):
         allowed = ", ".join(str(place) for place in folders) or "no folder"
         raise ImgStorageError("not_allowed", f"images are written to {allowed} only")
@@ -128,14 +161,19 @@ def dump(volumes: Volumes, volume: Volume, path: str, folders: Sequence[Path]) -
     if os.path.lexists(target):
         raise ImgStorageError("exists", f"{target} exists already")
     source, _ = volumes.checked(volume, any_version=True)
-    need_space(folder, source.stat().st_blocks * 512, f"the dump of {volume}")
+    wanted = source.stat().st_blocks * 512
+    need_space(folder, wanted, f"the dump of {volume}")
     tmp = folder / f"{files.TMP_PREFIX}{secrets.token_hex(8)}"
     try:
-        qemu_img.convert(qemu_img.node(source, "raw", read_only=True), tmp, "raw")
+        tmp.touch(mode=0o600, exist_ok=False)  # a guest's data: qemu-img leaves the mode of a file that is there
+        with _watched(tmp, wanted, tell):
+            qemu_img.convert(qemu_img.node(source, "raw", read_only=True), tmp, "raw")
         files.fsync_file(tmp)
         os.link(tmp, target)  # unlike a rename it never replaces a file that appeared meanwhile
     except FileExistsError:
         raise ImgStorageError("exists", f"{target} exists already") from None
+    except OSError as error:
+        raise ImgStorageError("not_allowed", f"cannot write {target}: {error.strerror}") from None
     finally:
         with contextlib.suppress(FileNotFoundError):
             tmp.unlink()

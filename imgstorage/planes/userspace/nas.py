@@ -19,7 +19,18 @@ from pathlib import Path
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Mode, Volume
 from imgstorage.core.names import HostName, PoolName
-from imgstorage.core.ports import ExportSeen, Grant, ImageInfo, Pool, Portal, ReturnKind, ReturnPort, Stamp
+from imgstorage.core.ports import (
+    ExportSeen,
+    Grant,
+    ImageInfo,
+    Pool,
+    Portal,
+    ReturnKind,
+    ReturnPort,
+    Stamp,
+    Tell,
+    untold,
+)
 from imgstorage.planes.common import names
 from imgstorage.planes.common.target import LUN, Offer, Targets
 from imgstorage.planes.userspace import images, returns, sidecar
@@ -114,16 +125,16 @@ class UserspaceNas:
         """As :meth:`NasPlane.image_info`."""
         return images.inspect(path, self._settings.import_dirs)
 
-    def import_image(self, volume: Volume, image: ImageInfo) -> None:
+    def import_image(self, volume: Volume, image: ImageInfo, tell: Tell = untold) -> None:
         """As :meth:`NasPlane.import_image`."""
-        images.fill(self._volumes, volume, image, self._settings.import_dirs)
+        images.fill(self._volumes, volume, image, self._settings.import_dirs, tell)
 
-    def dump(self, volume: Volume, path: str) -> None:
+    def dump(self, volume: Volume, path: str, tell: Tell = untold) -> None:
         """As :meth:`NasPlane.dump`. Raises ``in_use`` while a container may write: the bytes would be torn."""
         known = sidecar.load(self._volumes.present(volume)[0])
         if known is not None and known.may_change:
             raise ImgStorageError("in_use", f"{volume} is being written to")
-        images.dump(self._volumes, volume, path, self._settings.import_dirs)
+        images.dump(self._volumes, volume, path, self._settings.import_dirs, tell)
 
     def trash(self, volume: Volume) -> None:
         """As :meth:`NasPlane.trash`. Raises ``in_use`` too while a verified delta waits to be applied."""
