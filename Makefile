@@ -1,20 +1,30 @@
 # Shortcuts for contributors; each is one command of admin/ or of .venv.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check unit format docs lock clean
+.PHONY: help install uninstall build demo run up down test tests all check lint unit format docs lock clean
 
 help: ## show these targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z]+)[a-z ]*:.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@echo "also: build = install, run = demo, tests = all = test, lint = check"
 
-install: ## install what is missing: Debian packages (as root) and .venv
+install build: ## install what is missing: Debian packages (as root) and .venv; there is nothing to build
 	@admin/install --test
 
-demo: ## run the main job on a real disk image, on this machine
+uninstall: ## remove .venv; Debian packages stay
+	@rm -rf .venv
+
+demo run: ## run the main job on a real disk image, on this machine
 	@admin/demo
 
-test: ## all checks and all tests
+up: install ## start a sandbox: a whole cluster on this machine
+	@.venv/bin/imgstorage sandbox up
+
+down: ## stop it; its data stays
+	@.venv/bin/imgstorage sandbox down
+
+test tests all: ## all checks and all tests
 	@admin/test
 
-check: install ## style, layout, types, imports
+check lint: install ## style, layout, types, imports
 	@admin/check
 
 unit: ## the unit tests

@@ -141,7 +141,10 @@ class Client:
                     self._replies.clear()
                     return reply
             if self._unroutable:
-                raise ImgStorageError("unreachable", "the frontend is not connected")
+                raise ImgStorageError(
+                    "unreachable", "the frontend is not connected",
+                    hint="start img-storage-frontend on the frontend; in a sandbox: imgstorage sandbox status",
+                )  # fmt: skip
             self._wait(until, "the frontend did not answer in time")
 
     def follow(self, op: OpId) -> None:

@@ -6,6 +6,7 @@ get one candidate a line. Nothing is ever said on stderr, and nothing takes long
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Sequence
 from types import FrameType
@@ -29,7 +30,7 @@ _imgstorage() {
     # Readline replaces only what follows the last = or : of the word.
     local prefix=${current%"${current##*[=:]}"}
     COMPREPLY=("${COMPREPLY[@]#"$prefix"}")
-    [[ ${#COMPREPLY[@]} == 1 && ${COMPREPLY[0]} == *= ]] && compopt -o nospace
+    [[ ${#COMPREPLY[@]} == 1 && ${COMPREPLY[0]} == *[=/] ]] && compopt -o nospace
     return 0
 }
 complete -F _imgstorage imgstorage
@@ -41,8 +42,8 @@ ZSH = """#compdef imgstorage
 _imgstorage() {
     local -a found
     found=("${(@f)$(imgstorage _complete -- "${(@)words[2,CURRENT]}" 2>/dev/null)}")
-    compadd -S '' -- ${(M)found:#*=}
-    compadd -- ${found:#*=}
+    compadd -S '' -- ${(M)found:#*[=/]}
+    compadd -- ${found:#*[=/]}
 }
 compdef _imgstorage imgstorage
 """
@@ -89,10 +90,32 @@ def _parameters(verb: Verb, rest: Sequence[str], current: str) -> list[str]:
     for parameter in verb.parameters:
         values = ("yes", "no") if parameter.boolean else parameter.choices
         if current.startswith(f"{parameter.name}="):
+            begun = current.partition("=")[2]
+            if parameter.path:
+                values = _paths(begun)
+            elif parameter.name == "output-col" and verb.columns:
+                values = _columns(verb, begun)
             offered += [f"{parameter.name}={value}" for value in values]
         elif parameter.name not in given:
             offered.append(f"{parameter.name}=")
     return offered
+
+
+def _paths(begun: str) -> tuple[str, ...]:
+    """The files and folders here whose paths begin so."""
+    from glob import escape, glob
+
+    return tuple(f"{path}/" if os.path.isdir(path) else path for path in glob(f"{escape(begun)}*"))
+
+
+def _columns(verb: Verb, begun: str) -> tuple[str, ...]:
+    """What may be added to a list of columns, after its last comma."""
+    from importlib import import_module
+
+    module, _, name = verb.columns.partition(":")
+    chosen = begun.rpartition(",")[0]
+    columns = [column.key for column in getattr(import_module(module), name)]
+    return tuple(f"{chosen},{key}" if chosen else key for key in columns if key not in chosen.split(","))
 
 
 def _argument(verb: Verb, given: Sequence[str]) -> Argument | None:
@@ -115,10 +138,14 @@ def _asked(call: Call, what: str, rest: Sequence[str]) -> list[str]:
         from imgstorage.cli import rows
         from imgstorage.cli.client import frontend
         from imgstorage.core import names
+        from imgstorage.core.messages import HostList, ListHosts
 
         with frontend(call) as door:
-            if what != "volume":
+            if what in ("nas", "container"):
                 return list(rows.of_role(door, what))
+            if what == "pool":
+                found_hosts = door.ask(ListHosts(), HostList).rows
+                return [pool.name for row in found_hosts if rest and row.host == rest[0] for pool in row.pools]
             pool = rest[1] if len(rest) > 1 else ""
             found = rows.zvols(door, names.host_name(rest[0])) if rest else []
             return [row.volume for row in found if pool in ("", row.pool)]

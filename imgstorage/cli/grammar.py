@@ -33,7 +33,7 @@ class Argument:
     optional: bool = False
     choices: tuple[str, ...] = ()
     usage: str = ""
-    offers: str = ""  # what completion asks for: nas, container or volume
+    offers: str = ""  # what completion asks for: nas, container, pool or volume
 
     @property
     def shown(self) -> str:
@@ -46,7 +46,10 @@ class Argument:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """One parameter ``name=value``. ``value`` names the value for people, and ``default`` what applies without it."""
+    """One parameter ``name=value``. ``value`` names the value for people, and ``default`` what applies without it.
+
+    ``path``: the value is a path, which completion looks for on this machine.
+    """
 
     name: str
     value: str
@@ -57,6 +60,7 @@ class Parameter:
     required: bool = False
     in_usage: bool = True
     default: str = ""
+    path: bool = False
 
     @property
     def shown(self) -> str:

@@ -9,7 +9,7 @@ from imgstorage.cli.grammar import Argument, Parameter, Verb
 
 NAS = Argument(name="NAS", help="the NAS host", offers="nas")
 NASES = Argument(name="NAS", help="the NAS hosts; all of them if none is named", many=True, offers="nas")
-ZPOOL = Argument(name="ZPOOL", help="the pool on the NAS")
+ZPOOL = Argument(name="ZPOOL", help="the pool on the NAS", offers="pool")
 VOLUME = Argument(name="VOLUME", help="the volume's name in its pool", offers="volume")
 HOST = Argument(name="HOST", help="the host that runs the virtual machine: a VM container", offers="container")
 CONTAINERS = Argument(
@@ -36,7 +36,9 @@ WAIT = Parameter(
     name="wait", value="yes|no", boolean=True, default="yes",
     help="no: return when the work is accepted, and say under which operation it goes on",
 )  # fmt: skip
-DIR = Parameter(name="dir", value="FOLDER", help="where the sandbox is", default="that of the user's last sandbox")
+DIR = Parameter(
+    name="dir", value="FOLDER", help="where the sandbox is", default="that of the user's last sandbox", path=True
+)
 
 VERBS = (
     Verb(
@@ -136,7 +138,7 @@ VERBS = (
         parameters=(
             Parameter(
                 name="file", value="IMAGE", help="instead of SIZE: a disk image, as an absolute path on the NAS",
-                in_usage=False,
+                in_usage=False, path=True,
             ),
             WAIT,
         ),
@@ -160,7 +162,7 @@ VERBS = (
         arguments=(NAS, ZPOOL, VOLUME),
         parameters=(
             Parameter(
-                name="file", value="PATH", required=True, help="the new file, as an absolute path on the NAS"
+                name="file", value="PATH", required=True, help="the new file, as an absolute path on the NAS", path=True
             ),
             WAIT,
         ),
@@ -205,7 +207,7 @@ VERBS = (
         handler="imgstorage.cli.sandboxes:run",
         parameters=(
             DIR, Parameter(name="hosts", value="FILE|guide", help="which hosts it has; guide: those of the user guide",
-                default="one NAS, two containers"),
+                default="one NAS, two containers", path=True),
         ),
     ),
     Verb(

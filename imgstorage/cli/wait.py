@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 BAR_AFTER_S = 0.5
 LINE_AFTER_S = 5.0
 LINE_EVERY_S = 15.0
+BAR_COLUMNS, SIZE_COLUMNS = 78, 50
+"""From how many columns on a terminal has room for the title and the bar, and for the sizes."""
 
 
 class Watch:
@@ -83,15 +85,18 @@ class Watch:
         from rich.table import Column
 
         whole = Column(no_wrap=True)
-
+        console = Console(stderr=True)
+        # What a narrow terminal has no room for goes first: title and bar, then the sizes.
+        title = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+        wide = (title, BarColumn(bar_width=16)) if console.width >= BAR_COLUMNS else ()
+        sizes = (DownloadColumn(binary_units=True, table_column=whole),) if console.width >= SIZE_COLUMNS else ()
         progress = Progress(
-            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
-            BarColumn(bar_width=16),
+            *wide,
             TaskProgressColumn(table_column=whole),
-            DownloadColumn(binary_units=True, table_column=whole),
+            *sizes,
             TransferSpeedColumn(table_column=whole),
             TimeRemainingColumn(table_column=whole),
-            console=Console(stderr=True),
+            console=console,
             auto_refresh=False,
             transient=True,
             expand=False,

@@ -105,7 +105,7 @@ def new_op_id() -> OpId:
     return OpId("op-" + "".join(secrets.choice(_OP_ALPHABET) for _ in range(13)))
 
 
-_SIZE = re.compile(r"(\d{1,19})(?:([KMGT])(?:i?B)?)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,19})(?:([KMGT])(?:i?B|i)?)?", re.IGNORECASE)
 _UNIT = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 

@@ -74,6 +74,22 @@ def test_an_interrupt_takes_everything_down(temporary: Path, tmp_path: Path) -> 
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder", "empty"])
+def test_what_has_no_end_is_no_image(kind: str, temporary: Path, tmp_path: Path) -> None:
+    image = Path("/dev/zero") if kind == "device" else tmp_path / "it"
+    if kind == "pipe":
+        os.mkfifo(image)
+    elif kind == "folder":
+        image.mkdir()
+    elif kind == "empty":
+        image.touch()
+    result = run.run([*DEMO, str(image)], check=False, env=environment(temporary), timeout_s=60)
+    assert result.exit_status == 1
+    why = "is empty" if kind == "empty" else "is neither a file nor a disk"
+    assert f"error: {image} {why}" in result.stdout
+    assert list(temporary.iterdir()) == []
+
+
 def test_an_image_that_cannot_be_read(temporary: Path) -> None:
     result = run.run([*DEMO, str(temporary / "none.raw")], check=False, env=environment(temporary))
     assert result.exit_status == 1

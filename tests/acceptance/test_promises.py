@@ -75,6 +75,36 @@ def test_what_users_get(cluster: Cluster) -> None:
     assert cluster.rows() == []
 
 
+def test_the_tour_of_the_readme_can_be_typed(cluster: Cluster) -> None:
+    """Every command of it, in order, word for word but for where the sandbox is; what it prints is what is shown."""
+    tour = (ROOT / "README.md").read_text().partition("## A tour")[2].partition("## How it works")[0]
+    steps = re.findall(r"^# (.*)\n((?:(?!# |```).*\n)*)", tour.replace("  # ", ""), re.MULTILINE)
+    assert steps[0][0].startswith("source ")
+    assert (steps[1][0], steps[-1][0]) == ("imgstorage sandbox up", "imgstorage sandbox down")
+    home = "/root/.local/state/imgstorage/default"
+    assert f"nas-0-0 imports disk images from {home}/nas-0-0/images\n" in steps[1][1]
+    for command, shown in steps[2:-1]:  # the sandbox runs already
+        program, *words = command.replace(home, str(cluster.folder)).split()
+        if words[:3] == ["remove", "host", "storageimg"]:
+            cluster.wait_state("vol1", "unmapped")
+        if program in ("dd", "truncate"):
+            assert run.run([program, *words]).exit_status == 0
+            continue
+        assert program == "rocks"
+        done = cluster.rocks(*words)
+        assert done.status == 0, str(done)
+        expected = shown.splitlines()
+        if words[0] == "list":
+            assert done.lines[0].split() == expected[0].split()
+            assert done.lines[1].split()[0] == expected[1].split()[0]
+        elif words[:3] == ["add", "host", "storagemap"]:
+            assert done.lines[0] == expected[0]
+            assert done.lines[1].endswith("/vol1-snap") or done.lines[1].startswith("nbd+unix:///vol1-snap?")
+        else:
+            assert done.lines == [line for line in expected if not line.startswith("the write-back goes on")]
+    (cluster.images / "disk.raw").unlink()
+
+
 def test_a_real_rocks_keeps_its_own_verbs(cluster: Cluster, tmp_path: Path) -> None:
     """``rocks`` never hides a verb of a Rocks that is installed, and both names are one program."""
     ours, real = tmp_path / "ours" / "rocks", tmp_path / "real" / "rocks"

@@ -43,6 +43,7 @@ from imgstorage.core.messages import (
 )
 from imgstorage.core.names import GIB, HostName, OpId, PoolName, VolumeName, VolumeUuid
 from imgstorage.core.operations import Kind, Milestone, Operation
+from imgstorage.core.ports import Pool
 from imgstorage.core.post import Letter
 from tests.integration.conftest import RealBroker
 
@@ -320,6 +321,7 @@ def test_no_frontend_is_status_4(cli):
     status, out, err = cli.run("list host")
     assert (status, out) == (4, "")
     assert "the frontend is not connected" in err
+    assert "try: start img-storage-frontend on the frontend" in err
     status, out, err = cli.run(ADD)
     assert (status, out) == (4, "")
 
@@ -427,11 +429,15 @@ def test_completion_asks_for_hosts_and_volumes(cli, frontend):
     def answer(request: Message) -> Message:
         if isinstance(request, ListHosts):
             hosts = [("nas-0-0", "nas"), ("compute-0-3", "container")]
-            return HostList(rows=tuple(HostRow(host=HostName(h), role=r, connected=True) for h, r in hosts))
+            pools = (Pool(name=PoolName("tank"), size_bytes=1, free_bytes=1),)
+            return HostList(
+                rows=tuple(HostRow(host=HostName(h), role=r, connected=True, pools=pools) for h, r in hosts)
+            )
         return ZvolList(rows=(row(1), row(22)))
 
     frontend.answer = answer
     assert cli.run("_complete -- remove host storagemap n") == (0, "nas-0-0\n", "")
+    assert cli.run("_complete -- add host storagemap nas-0-0 t") == (0, "tank\n", "")
     assert cli.run("_complete -- list host storagedev c") == (0, "compute-0-3\n", "")
     assert cli.run("_complete -- remove host storagemap nas-0-0 vol00") == (0, "vol00001\nvol00022\n", "")
     frontend.answer = lambda _: None

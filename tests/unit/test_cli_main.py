@@ -424,12 +424,23 @@ def test_a_folder_on_path_that_cannot_be_read_is_passed_over(nowhere, monkeypatc
         ("remove host storagemap nas-0-0 vol1 wait=yes", "w", []),
         ("list host storagemap", "output-format=j", ["output-format=json"]),
         ("completion", "", ["bash", "zsh"]),
+        ("list host storagemap", "output-col=ph", ["output-col=phase"]),
+        ("list host storagemap", "output-col=zvol,z", ["output-col=zvol,zpool"]),
+        ("list host storagedev", "output-col=size", ["output-col=size_gb"]),
         ("frobnicate", "", []),
         ("", "_", []),
     ],
 )
 def test_completion_of_words_and_parameters(before, current, offered):
     assert completion.candidates(VERBS, before.split(), current) == offered
+
+
+@pytest.mark.parametrize(("line", "name"), [("sandbox up", "dir"), ("add host storageimg nas tank v", "file")])
+def test_completion_of_paths(line: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a.raw").touch()
+    offered = completion.candidates(VERBS, line.split(), f"{name}={tmp_path}/a")
+    assert offered == [f"{name}={tmp_path}/a b/", f"{name}={tmp_path}/a.raw"]
 
 
 def test_bash_completes_with_the_printed_script(nowhere):

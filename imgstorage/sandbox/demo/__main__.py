@@ -6,7 +6,6 @@ Whatever happens, an error or a signal, everything is taken down and the exit st
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import signal
 import sys
@@ -16,33 +15,13 @@ from imgstorage.core.errors import EXIT_FAILED, EXIT_OK, ImgStorageError
 from imgstorage.core.mapping import Mode
 from imgstorage.core.names import parse_size
 from imgstorage.sandbox.demo import image as images
+from imgstorage.sandbox.demo.arguments import parser
 from imgstorage.sandbox.demo.show import Show
 from imgstorage.sandbox.demo.stage import Stage
 from imgstorage.sandbox.demo.story import COPY_S, LEAST_COPY_BYTES_S, Story, summary
 
 EXIT_INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = argparse.ArgumentParser(
-        prog="admin/demo",
-        description="Brings up a whole system on this machine, in a temporary folder, and shows its main job on a disk "
-        "image in both modes: a guest writes while its disk is copied to the container, the daemons of both hosts are "
-        "killed in the middle, what changed goes back to the NAS, and every byte is compared. Then takes it down.",
-    )
-    top.add_argument(
-        "image",
-        nargs="?",
-        type=Path,
-        metavar="IMAGE",
-        help="a raw or qcow2 disk image, which is only read: a copy of it is used; "
-        "without one, an image with a partition and files is made",
-    )
-    top.add_argument("--size", default="512M", metavar="SIZE", help="of the image that is made (default %(default)s)")
-    top.add_argument("--keep", action="store_true", help="leave the system running, and say how to use it")
-    return top
 
 
 def main(argv: list[str]) -> int:

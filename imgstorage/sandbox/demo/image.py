@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,13 @@ class Image:
 def taken(source: Path, folder: Path, scratch: Path) -> Image:
     """A user's raw or qcow2 image, copied into ``folder``; the original is only read. Raises ``bad_image``."""
     try:
+        kind = source.stat().st_mode  # before it is opened: a pipe would wait for a writer
+        if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+            raise ImgStorageError("bad_image", f"{source} is neither a file nor a disk")
         with open(source, "rb") as file:
+            if file.seek(0, os.SEEK_END) == 0:
+                raise ImgStorageError("bad_image", f"{source} is empty")
+            file.seek(0)
             qcow2 = file.read(4) == QCOW2_MAGIC
     except OSError as problem:
         raise ImgStorageError("bad_image", f"cannot read {source}: {problem.strerror}") from None
