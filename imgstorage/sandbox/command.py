@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import shutil
@@ -14,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from imgstorage.bus.client import Client
@@ -291,14 +291,14 @@ class _Down:
     def everything(self) -> None:
         """In the order that leaves nothing hanging: who would start it again first, the broker last."""
         layout = self._layout
-        self.attempt("the supervisor", lambda: self._end(supervisor.supervisor_of(layout), "supervisor", DOWN_WITHIN_S))
+        self.attempt("supervisor", partial(self._end, supervisor.supervisor_of(layout), "supervisor", DOWN_WITHIN_S))
         for host in layout.all_hosts():  # left over by a supervisor that was killed
             daemon = supervisor.daemon_of(layout, host)
-            self.attempt(host.name, lambda daemon=daemon, host=host: self._end(daemon, host.name, DAEMON_WITHIN_S))  # type: ignore[misc]
+            self.attempt(host.name, partial(self._end, daemon, host.name, DAEMON_WITHIN_S))
         for role in ("container", "nas"):
             for host in layout.hosts:
                 if host.role == role:
-                    self.attempt(host.name, lambda host=host: self._stop_plane(host))  # type: ignore[misc]
+                    self.attempt(host.name, partial(self._stop_plane, host))
         self.attempt("the message broker", self._stop_broker)
         places = [layout.folder, run_place(layout.folder)]
         self.attempt("what is left", lambda: self.problems.extend(remains.end(places)))
@@ -331,12 +331,11 @@ class _Down:
         plane.stop()
 
     def _stop_broker(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                Broker.load(self._layout.broker_folder).stop()
-            except ImgStorageError as error:
-                if error.code != "not_found":
-                    raise
+        try:
+            Broker.load(self._layout.broker_folder).stop()
+        except ImgStorageError as error:
+            if error.code != "not_found":
+                raise
 
 
 def end_everything(layout: Layout) -> list[str]:
