@@ -15,7 +15,7 @@ from imgstorage.core.mapping import Generation, Held, Mode
 from imgstorage.core.names import VolumeUuid
 from imgstorage.core.ports import CopyState, ReturnKind
 from imgstorage.tools.run import start_time
-from tests.contract.container_fixtures import SIZE, TANK, Breaker, World, Writer, wait_for
+from tests.contract.container_fixtures import SIZE, TANK, Breaker, World, Writer, fill, wait_for
 
 pytest_plugins = ("tests.contract.container_fixtures",)
 pytestmark = pytest.mark.real
@@ -417,6 +417,24 @@ def test_a_way_back_that_was_killed_is_repeated(world: World, breaker: Breaker) 
         killed += world.progress().state is CopyState.FAILED
     assert killed
     world.write_back()
+    world.assert_nas()
+
+
+@pytest.mark.parametrize("nas_pool_bytes", [160 * MIB])
+def test_a_way_back_that_met_a_full_nas_goes_on_by_itself(world: World, nas_pool: Path) -> None:
+    world.attach()
+    world.make_local()
+    world.write(2 * MIB, 20 * MIB, 6)
+    world.detach()
+    port = world.port(ReturnKind.WRITE_BACK)
+    filler = fill(nas_pool, leave_bytes=MIB)
+    world.container.send_back(world.uuid, world.generation, port)
+    wait_for(lambda: world.progress().state is CopyState.PAUSED, "it pauses")
+    assert "NAS" in world.progress().reason
+    filler.unlink()
+    wait_for(lambda: world.progress().state is CopyState.DONE, "it goes on")
+    version = world.nas.verify_return(world.grant, world.attempt, world.progress().digest)
+    world.nas.apply_return(world.grant, version)
     world.assert_nas()
 
 
