@@ -12,8 +12,9 @@ qemu-storage-daemon) and ``planes/kernel`` (zvols, tgt or LIO, open-iscsi, devic
   once; ``progress`` tells how far it is. A copy that stopped for want of space reports ``paused``, and
   goes on by itself when there is room.
 * Errors are :class:`imgstorage.core.errors.ImgStorageError`; ``retry`` says whether the engine tries again.
-* ``lost_copy`` is said of a copy only if everything here can be read, for it is quarantined then: while a pool is
-  away, or a record cannot be read, the answer is ``failed``.
+* ``lost_copy`` is said of a copy (on a NAS: of the volume itself) only if everything here can be read, for it is
+  quarantined then: while a pool is away, or a record cannot be read, the answer is ``failed`` (on a NAS
+  ``not_found``).
 """
 
 from __future__ import annotations
@@ -265,7 +266,8 @@ class NasPlane(Protocol):
         """Write the stamp durably beside the volume's data.
 
         It takes the place of one of the same version; in direct mode, of one of its parent version. Anything else
-        means that the volume was restored, or its database: ``diverged``. Raises ``stale_generation`` too.
+        means that the volume was restored, or its database: ``diverged``; so does a stamp that is missing. Raises
+        ``stale_generation`` too, ``corrupt`` for a stamp that cannot be read, ``lost_copy``.
         """
         ...
 

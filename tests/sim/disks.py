@@ -27,6 +27,7 @@ class VolumeFile:
     blocks: Blocks = field(default_factory=dict)
     applying: str = ""
     edited: bool = False  # by somebody outside
+    garbled: bool = False  # its stamp cannot be read
 
     @property
     def volume(self) -> Volume:

@@ -46,7 +46,9 @@ class MemoryNas:
     def _file(self, volume: Volume) -> VolumeFile:
         found = self._disk.files.get(self._path(volume))
         if found is None or found.volume.uuid != volume.uuid:
-            raise ImgStorageError("not_found", f"{volume} is not there")
+            raise ImgStorageError("lost_copy", f"{volume} is not there")
+        if found.garbled:
+            raise ImgStorageError("corrupt", f"the stamp of {volume} cannot be read")
         return found
 
     def _current(self, grant: Grant) -> VolumeFile:
@@ -122,7 +124,8 @@ class MemoryNas:
         self._point("stamp")
         file = self._file(stamp.volume)
         before = file.stamp
-        if before.generation.counter > stamp.generation.counter:
+        now, new = before.generation, stamp.generation
+        if now.counter > new.counter or (now.counter == new.counter and now != new):
             raise ImgStorageError("stale_generation", f"{stamp.volume} is stamped {before.generation}")
         follows = stamp.mode is Mode.DIRECT and stamp.volume.parent_version == file.volume.version
         if file.applying or not (stamp.volume.version == file.volume.version or follows):

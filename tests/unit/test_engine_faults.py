@@ -16,6 +16,7 @@ from imgstorage.core.messages import (
     DetachZvol,
     Hello,
     ListZvols,
+    Message,
     OperationAnswer,
     OperationChanged,
     ReleaseZvol,
@@ -35,6 +36,7 @@ from imgstorage.core.messages import (
 from imgstorage.core.names import VolumeName
 from imgstorage.core.operations import Milestone
 from imgstorage.core.ports import CopyState, Progress
+from imgstorage.engine.container import STEP_OF
 from tests.sim.bench import AWAY, HOME, NAS, VOL, Bench, quiet
 from tests.sim.cluster import TANK
 from tests.sim.disks import Target
@@ -383,6 +385,107 @@ def test_a_change_on_the_nas_during_a_mapping_keeps_both_copies(bench: Bench) ->
     assert bench.phase() is Phase.QUARANTINED
     assert bench.file().blocks == {}
     assert bench.disk().copies[uuid].overlay == bench.guests.model[uuid]
+
+
+def test_a_stamp_that_cannot_be_read_is_quarantined_not_taken_back_for_ever(bench: Bench) -> None:
+    bench.people.ended(bench.people.add(VOL))
+    bench.file().garbled = True
+    ended = bench.people.ended(bench.people.map(VOL, HOME, Mode.SYNC))
+    assert (ended.milestone, ended.code) == (Milestone.FAILED, "corrupt")
+    assert bench.phase() is Phase.QUARANTINED
+    refusal = bench.people.refused(bench.people.unmap(VOL))
+    assert refusal.code == "quarantined"
+    assert HOME not in refusal.message  # it never got anything
+    assert "remove host storagemap" not in refusal.hint
+    assert bench.people.refused(bench.people.delete(VOL)).code == "quarantined"
+    bench.assert_at_peace()
+
+
+@pytest.mark.parametrize("harm", ["gone", "garbled"])
+def test_a_nas_copy_lost_during_a_mapping_keeps_the_containers(bench: Bench, harm: str) -> None:
+    uuid = bench.mapped()
+    bench.write(uuid, 1, 2)
+    if harm == "gone":
+        del bench.cluster.nas_disk.files[TANK, VOL]
+    else:
+        bench.file().garbled = True
+    ended = bench.people.ended(bench.people.unmap(VOL))
+    assert (ended.milestone, ended.code) == (Milestone.FAILED, "lost_copy" if harm == "gone" else "corrupt")
+    assert bench.phase() is Phase.QUARANTINED
+    assert bench.disk().copies[uuid].overlay == bench.guests.model[uuid]
+    bench.assert_at_peace()
+
+
+def test_an_unmap_waits_for_a_pool_that_is_away(bench: Bench) -> None:
+    uuid = bench.mapped()
+    bench.write(uuid, 1, 2)
+    pools = bench.cluster.nas_disk.pools
+    size = pools.pop(TANK)
+    op = bench.people.accepted(bench.people.unmap(VOL)).op
+    bench.until_phase(Phase.WRITING_BACK)
+    bench.cluster.clockwork.forward(120.0)
+    assert bench.phase() is Phase.WRITING_BACK
+    pools[TANK] = size
+    assert bench.people.ended(op).milestone is Milestone.DONE
+    bench.assert_bytes()
+
+
+def test_a_direct_volume_whose_stamp_broke_is_quarantined_when_it_is_unmapped(bench: Bench) -> None:
+    bench.mapped(Mode.DIRECT)
+    bench.file().garbled = True
+    ended = bench.people.ended(bench.people.unmap(VOL))
+    assert (ended.milestone, ended.code) == (Milestone.FAILED, "corrupt")
+    assert bench.phase() is Phase.QUARANTINED
+    bench.assert_at_peace()
+
+
+# -- a database that was restored
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("other", [HOME, AWAY])
+def test_a_volume_granted_since_is_quarantined_and_its_holder_works_on(bench: Bench, mode: Mode, other: str) -> None:
+    bench.people.ended(bench.people.add(VOL))
+    old = bench.backup()
+    uuid = bench.mapped(mode)
+    bench.write(uuid, 1, 2)
+    bench.restore(old)
+    ended = bench.people.ended(bench.people.map(VOL, other, Mode.SYNC))
+    assert ended.milestone is Milestone.FAILED
+    if other == AWAY:  # the container at hand refuses before anything is granted
+        assert ended.code == "stale_generation"
+        assert bench.phase() is Phase.QUARANTINED
+    bench.write(uuid, 3)
+    bench.assert_at_peace()
+
+
+@pytest.mark.parametrize("verb", ["dump", "delete"])
+def test_a_volume_granted_since_is_neither_dumped_nor_removed(bench: Bench, verb: str) -> None:
+    bench.people.ended(bench.people.add(VOL))
+    old = bench.backup()
+    uuid = bench.mapped()
+    bench.write(uuid, 1, 2)
+    bench.restore(old)
+    ended = bench.people.ended(bench.people.dump(VOL, "/images/out") if verb == "dump" else bench.people.delete(VOL))
+    assert (ended.milestone, ended.code) == (Milestone.FAILED, "stale_generation")
+    assert bench.phase() is Phase.QUARANTINED
+    assert bench.cluster.nas_disk.dumps == {}
+    assert bench.cluster.nas_disk.trash == []
+    bench.write(uuid, 3)
+
+
+@pytest.mark.parametrize("deaf", [AttachZvol, SyncZvol, SettleZvol, DetachZvol, ReturnZvol])
+def test_a_container_that_met_a_newer_grant_ends_every_retry(bench: Bench, deaf: type[Message]) -> None:
+    told = bench.deaf(HOME, deaf)
+    bench.people.accepted(bench.people.map(VOL, HOME, Mode.SYNC))
+    if deaf in (DetachZvol, ReturnZvol):
+        bench.until_phase(Phase.LOCAL)
+        bench.people.accepted(bench.people.unmap(VOL))
+    bench.until(lambda: told)
+    step = STEP_OF[deaf].value  # type: ignore[index]
+    bench.tell_nas(StepFailed(**about(bench), step=step, code="stale_generation", message="newer", retry=False))  # type: ignore[arg-type]
+    assert bench.phase() is Phase.QUARANTINED
+    bench.until(lambda: not bench.cluster.nas_store.unfinished())
 
 
 # -- a container that is lost for good
