@@ -332,6 +332,31 @@ def test_writes_wait_while_the_pool_is_nearly_full(world: World, pool: Path) -> 
     world.assert_device()
 
 
+@pytest.mark.parametrize("pool_bytes", [96 * MIB])
+@pytest.mark.parametrize("stage", ["copying", "local"])
+def test_a_volume_is_let_go_and_comes_back_while_the_pool_is_full(world: World, pool: Path, stage: str) -> None:
+    world.attach()
+    if stage == "local":
+        world.make_local()
+    world.write(2 * MIB, 8 * MIB, 6)
+    world.close_guests()
+    filler = fill(pool)
+    world.container.tend()
+    held = world.detach()
+    assert held is (Held.LOCAL if stage == "local" else Held.OVERLAY)
+    assert world.container.tend() == []
+    assert world.container.devices() == []
+    version = world.write_back(ReturnKind.WRITE_BACK if stage == "local" else ReturnKind.FOLD)
+    world.assert_nas()
+    assert [(copy.held, copy.version) for copy in world.container.held()] in ([], [(Held.NOTHING, version)])
+    world.next_grant(version)
+    fill(pool)
+    refused("no_space", world.attach)
+    filler.unlink()
+    world.attach()
+    world.assert_device()
+
+
 def test_what_no_record_knows_is_ended_with_the_rest(world: World, breaker: Breaker) -> None:
     world.attach()
     serving = breaker.serving_pids(world.uuid)
@@ -436,6 +461,15 @@ def test_a_way_back_that_met_a_full_nas_goes_on_by_itself(world: World, nas_pool
     version = world.nas.verify_return(world.grant, world.attempt, world.progress().digest)
     world.nas.apply_return(world.grant, version)
     world.assert_nas()
+
+
+@pytest.mark.parametrize("nas_pool_bytes", [160 * MIB])
+def test_a_full_nas_says_so_and_can_be_asked_again(world: World, nas_pool: Path) -> None:
+    filler = fill(nas_pool)
+    assert refused("no_space", lambda: world.stamp("exporting")).retry
+    filler.unlink()
+    world.attach()
+    world.assert_device()
 
 
 def test_a_copy_goes_on_when_the_nas_is_back(world: World) -> None:

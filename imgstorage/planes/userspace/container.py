@@ -20,6 +20,7 @@ from imgstorage.core.names import PoolName, VolumeName, VolumeUuid
 from imgstorage.core.ports import Device, Grant, HeldCopy, Pool, Progress, ReturnPort
 from imgstorage.planes.common import files, openers
 from imgstorage.planes.common.seen import Ledger
+from imgstorage.planes.common.verbs import typed_errors
 from imgstorage.planes.userspace import care, chain, front, hydrate, layout, sendback, space, state, warm
 from imgstorage.planes.userspace.holding import Copying, Holding
 from imgstorage.planes.userspace.settings import ContainerSettings
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 RECOVERY_THREADS = 8
 
 
+@typed_errors
 class UserspaceContainer:
     """A container whose devices are qemu-storage-daemon exports. See :class:`imgstorage.core.ports.ContainerPlane`."""
 

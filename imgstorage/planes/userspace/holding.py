@@ -1,13 +1,15 @@
 """One volume on a container: its folder, its durable record, and the daemons that serve it now.
 
 ``run.json`` beside the record names the daemons; it is written without fsync, since after a reboot none of them
-runs. It lies with the data, not in the run-time folder: a daemon is found even if that folder was emptied.
+runs, and in place, in one block that never changes its size: a full disk must keep nobody from letting go. It lies with
+the data, not in the run-time folder: a daemon is found even if that folder was emptied.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import threading
@@ -22,12 +24,17 @@ from imgstorage.core.mapping import Mode
 from imgstorage.core.names import VolumeUuid
 from imgstorage.core.ports import Progress
 from imgstorage.planes.common import files
+from imgstorage.planes.common.verbs import of_system
 from imgstorage.planes.userspace import state
 from imgstorage.planes.userspace.settings import ContainerSettings
 from imgstorage.planes.userspace.state import CopyPhase, CopyRecord
 from imgstorage.planes.userspace.wire import Meter
 from imgstorage.tools import storage_daemon
 from imgstorage.tools.storage_daemon import Daemon
+
+log = logging.getLogger(__name__)
+
+RUN_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,10 +147,16 @@ class Holding:
     def set_runtime(self, **changes: Any) -> None:
         """Note which daemons serve the volume."""
         self.runtime = replace(self.runtime, **changes)
-        path = self.folder / state.RUN_FILE
-        tmp = self.folder / f"{files.TMP_PREFIX}run"
-        tmp.write_bytes(msgspec.json.encode(self.runtime))
-        os.replace(tmp, path)
+        data = msgspec.json.encode(self.runtime)
+        fd = os.open(self.folder / state.RUN_FILE, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            os.pwrite(fd, data.ljust(-(-len(data) // RUN_BYTES) * RUN_BYTES), 0)
+        except OSError as error:
+            if any(changes.values()):
+                raise of_system(error) from None
+            log.info("%s still names daemons that are gone: %s", self.folder / state.RUN_FILE, error)
+        finally:
+            os.close(fd)
 
     def _load_runtime(self) -> Runtime:
         try:
