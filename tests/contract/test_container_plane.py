@@ -332,6 +332,36 @@ def test_writes_wait_while_the_pool_is_nearly_full(world: World, pool: Path) -> 
     world.assert_device()
 
 
+@pytest.mark.parametrize("pool_bytes", [144 * MIB])
+def test_caches_make_room_before_writes_have_to_wait(make_world: Callable[..., World], pool: Path) -> None:
+    for name in ("older", "newer"):
+        cached = make_world(name=name)
+        cached.attach()
+        cached.make_local()
+        cached.write(MIB, 12 * MIB, 3)
+        cached.detach()
+        cached.write_back()
+    world = make_world()
+    world.attach()
+    world.make_local()
+    assert sorted(copy.name for copy in world.container.held() if copy.cache) == ["newer", "older"]
+    filler = fill(pool, leave_bytes=34 * MIB)  # the watermark is 36
+    (said,) = world.container.tend()
+    assert "older" in said
+    assert [copy.name for copy in world.container.held() if copy.cache] == ["newer"]
+    for number in range(3):
+        world.write(number * MIB, 4096, 9)
+    filler.unlink()
+    fill(pool, leave_bytes=MIB)
+    said_now = " ".join(world.container.tend())
+    assert "newer" in said_now
+    assert "vol1 wait" in said_now  # that was not enough
+    assert [copy.name for copy in world.container.held() if copy.cache] == []
+    (pool / ".filler").unlink()
+    assert any("again" in sentence for sentence in world.container.tend())
+    world.assert_device()
+
+
 @pytest.mark.parametrize("pool_bytes", [96 * MIB])
 @pytest.mark.parametrize("stage", ["copying", "local"])
 def test_a_volume_is_let_go_and_comes_back_while_the_pool_is_full(world: World, pool: Path, stage: str) -> None:

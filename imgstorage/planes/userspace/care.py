@@ -132,7 +132,8 @@ def watch_space(holding: Holding, free_bytes: int, pool_name: PoolName) -> str:
 
 def empty_trash(place: Path) -> None:
     """Remove what was dropped: its record went with it, and the NAS had proven to hold it."""
-    shutil.rmtree(place / state.TRASH_FOLDER, ignore_errors=True)
+    for grave in (place / state.TRASH_FOLDER).glob("*"):
+        shutil.rmtree(grave, ignore_errors=True)
 
 
 def end_unknown(run_dir: Path) -> None:

@@ -414,6 +414,9 @@ class UserspaceContainer:
         if self._absent_pools() or self._unknown:
             self._find_holdings()
         said = {where: f"{where} cannot be read: {why}" for where, why in self._unknown.items()}
+        for name in self._settings.pools:
+            with contextlib.suppress(OSError):
+                said[f"{name} caches"] = space.relieve(self._settings, self._all(), name)
         for holding in self._all():
             said[holding.uuid] = care.tend(holding, fuse=self._fuse)
             pool = holding.record.pool if holding.record else None

@@ -141,6 +141,7 @@ class Holding:
         """The first record of a grant, durably; the folder is made."""
         if not self.folder.is_dir():
             self.folder.mkdir(mode=0o700, parents=True)
+            (self.folder.parent / state.TRASH_FOLDER).mkdir(mode=0o700, exist_ok=True)  # later there may be no room
             files.fsync_dir(self.folder.parent)
         self.record = state.save(self.folder, self.record, record)
 
