@@ -55,6 +55,9 @@ from imgstorage.engine.world import World
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 2.0
+TRASH_EVERY_S = 60.0
+TRASH_S = 24 * 3600.0
+"""How long what was removed is kept, if nobody says otherwise."""
 PAGE = 1000
 EXPORTED = MAY_RUN[Step.EXPORT]
 REQUESTS = (MapZvol, UnmapZvol, AddZvol, DelZvol, DumpZvol)
@@ -68,7 +71,8 @@ STEPS = frozenset(step.value for step in TOLD)
 class NasEngine:
     """One NAS. ``start`` once the post works; then ``receive`` letters; ``look`` runs by itself."""
 
-    def __init__(self, world: World, records: NasRecords, plane: NasPlane) -> None:
+    def __init__(self, world: World, records: NasRecords, plane: NasPlane, trash_s: float = TRASH_S) -> None:
+        self._trash_s = trash_s
         self._host, self._post, self._clock, self._tasks = world.host, world.post, world.clock, world.tasks
         self._records, self._plane = records, plane
         self._book = Book(world, records)
@@ -105,6 +109,7 @@ class NasEngine:
         self._jobs.resume(driven)
         self._release_soon()
         self._tasks.run("look", self._look, LOOK_EVERY_S)
+        self._tasks.run("trash", self._empty_trash, LOOK_EVERY_S)
 
     def connected(self) -> None:
         """The broker is back: what was said meanwhile may be lost."""
@@ -208,6 +213,20 @@ class NasEngine:
             self._alarms["targets"] = str(error)
         finally:
             self._tasks.run("look", self._look, LOOK_EVERY_S)
+
+    def _empty_trash(self) -> None:
+        """Destroy what was removed long enough ago, on a timer."""
+        try:
+            count = self._plane.empty_trash(self._trash_s)
+            if count:
+                log.info("%d removed volumes are gone from the trash", count)
+            self._alarms.pop("trash", None)
+        except ImgStorageError as error:
+            if self._alarms.get("trash") != str(error):
+                log.error("cannot empty the trash: %s", error)
+            self._alarms["trash"] = str(error)
+        finally:
+            self._tasks.run("trash", self._empty_trash, TRASH_EVERY_S)
 
     def _compare(self) -> None:
         seen = {export.iqn: export for export in self._plane.exports()}

@@ -494,9 +494,15 @@ def test_a_way_back_that_met_a_full_nas_goes_on_by_itself(world: World, nas_pool
 
 
 @pytest.mark.parametrize("nas_pool_bytes", [160 * MIB])
-def test_a_full_nas_says_so_and_can_be_asked_again(world: World, nas_pool: Path) -> None:
+def test_a_full_nas_says_so_and_can_be_asked_again(make_world: Callable[..., World], nas_pool: Path) -> None:
+    world = make_world()
+    world.stamp("exporting")
+    removed = make_world(name="removed")
+    world.nas.trash(removed.grant.volume)
     filler = fill(nas_pool)
     assert refused("no_space", lambda: world.stamp("exporting")).retry
+    refusal = refused("no_space", lambda: world.port(ReturnKind.WRITE_BACK))
+    assert "4.0 MiB of removed volumes" in refusal.hint
     filler.unlink()
     world.attach()
     world.assert_device()

@@ -269,7 +269,7 @@ class Cluster:
             remembered[f"commands queued on {name}"] = engine._queued
             remembered[f"transfers on {name}"] = engine._transfer_since
         found += [f"{what}: {it}" for what, it in remembered.items() if it]
-        timers = ("look", "tend")
+        timers = ("look", "tend", "trash")
         found += [f"task {one}" for one in self.clockwork.waiting()
                   if not one.startswith("fate") and one.split(" ", 1)[1] not in timers]  # fmt: skip
         return found

@@ -66,6 +66,7 @@ class NasDisk:
     deltas: dict[tuple[VolumeUuid, str, int], Delta] = field(default_factory=dict)
     targets: dict[str, Target] = field(default_factory=dict)
     trash: list[VolumeFile] = field(default_factory=list)
+    emptied: list[float] = field(default_factory=list)  # older than how many seconds
     set_aside: list[Delta] = field(default_factory=list)
     dumps: dict[str, Blocks] = field(default_factory=dict)
     images: dict[str, tuple[int, Blocks]] = field(default_factory=dict)

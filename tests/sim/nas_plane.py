@@ -116,6 +116,7 @@ class MemoryNas:
         self._point("trash")
 
     def empty_trash(self, older_than_s: float) -> int:
+        self._disk.emptied.append(older_than_s)
         count = len(self._disk.trash)
         self._disk.trash.clear()
         return count

@@ -274,7 +274,18 @@ def need_space(folder: Path, wanted_bytes: int, what: str) -> None:
         raise ImgStorageError(
             "no_space",
             f"{what} needs {format_size(wanted_bytes)}, and {folder} has {format_size(free)} free",
+            hint=_trash_hint(folder),
         )
+
+
+def _trash_hint(folder: Path) -> str:
+    """What could be freed at once, if anything."""
+    trash = folder / TRASH
+    with contextlib.suppress(OSError):
+        held = sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(trash))
+        if held >= 1 << 20:
+            return f"{trash} holds {format_size(held)} of removed volumes, until trash_hours have passed"
+    return ""
 
 
 def set_size(path: Path, size_bytes: int, pool: PoolName) -> None:
