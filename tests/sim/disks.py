@@ -28,6 +28,7 @@ class VolumeFile:
     applying: str = ""
     edited: bool = False  # by somebody outside
     garbled: bool = False  # its stamp cannot be read
+    trashed_at: float = 0.0
 
     @property
     def volume(self) -> Volume:
@@ -66,7 +67,6 @@ class NasDisk:
     deltas: dict[tuple[VolumeUuid, str, int], Delta] = field(default_factory=dict)
     targets: dict[str, Target] = field(default_factory=dict)
     trash: list[VolumeFile] = field(default_factory=list)
-    emptied: list[float] = field(default_factory=list)  # older than how many seconds
     set_aside: list[Delta] = field(default_factory=list)
     dumps: dict[str, Blocks] = field(default_factory=dict)
     images: dict[str, tuple[int, Blocks]] = field(default_factory=dict)

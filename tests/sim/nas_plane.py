@@ -20,8 +20,10 @@ def next_version(base: str, generation: Generation, attempt: int, digest: str) -
 class MemoryNas:
     """``point(verb)`` is called before and after what a verb does; it may raise, or not come back."""
 
-    def __init__(self, disk: NasDisk, point: Callable[[str], None] = lambda verb: None) -> None:
-        self._disk, self._point = disk, point
+    def __init__(
+        self, disk: NasDisk, point: Callable[[str], None] = lambda verb: None, now: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        self._disk, self._point, self._now = disk, point, now
 
     def start(self) -> None:
         self._point("start")
@@ -112,13 +114,14 @@ class MemoryNas:
             raise ImgStorageError("in_use", f"{volume} is exported")
         if any(uuid == volume.uuid and delta.version for (uuid, _g, _a), delta in self._disk.deltas.items()):
             raise ImgStorageError("in_use", f"what came back of {volume} is not applied yet")
+        there.trashed_at = self._now()
         self._disk.trash.append(self._disk.files.pop(path))
         self._point("trash")
 
     def empty_trash(self, older_than_s: float) -> int:
-        self._disk.emptied.append(older_than_s)
-        count = len(self._disk.trash)
-        self._disk.trash.clear()
+        kept = [file for file in self._disk.trash if self._now() - file.trashed_at < older_than_s]
+        count = len(self._disk.trash) - len(kept)
+        self._disk.trash[:] = kept
         return count
 
     def stamp(self, stamp: Stamp) -> None:
