@@ -149,7 +149,8 @@ class Device:
 
     ``path`` is what a virtual machine opens; ``status`` the dm target (or its userspace equivalent):
     snapshot, snapshot-merge or linear, "" in direct mode; ``block_device`` the remote disk below it
-    ("" once local); ``synced`` "allocated/total metadata" in 512-byte sectors, "" when linear.
+    ("" once local); ``synced`` "allocated/total metadata" in 512-byte sectors, "" when linear; ``note`` why writes to
+    it wait ("": they do not).
     """
 
     volume: VolumeUuid
@@ -163,6 +164,7 @@ class Device:
     generation: Generation
     nas: HostName
     pool: PoolName
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -55,6 +55,8 @@ from imgstorage.engine.world import World
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 2.0
+HEARD_S = 15.0
+"""For how long a container is believed that a guest's writes wait: it says so every 5 s."""
 TRASH_EVERY_S = 60.0
 TRASH_S = 24 * 3600.0
 """How long what was removed is kept, if nobody says otherwise."""
@@ -81,7 +83,7 @@ class NasEngine:
         self._driver.use(self._steps)
         self._jobs = Jobs(world, records, plane, self._driver, self._book)
         self._requests = Requests(world, records, plane, driver=self._driver, book=self._book, jobs=self._jobs)
-        self._progress: dict[VolumeUuid, Progress] = {}
+        self._progress: dict[VolumeUuid, tuple[Progress, float]] = {}
         self._alarms: dict[str, str] = {}
         handlers: dict[type[Message], Handler] = {
             **dict.fromkeys(REQUESTS, self._requests.accept),
@@ -162,9 +164,9 @@ class NasEngine:
 
     def _note_progress(self, mapping: Mapping, progress: Progress) -> None:
         before = self._progress.get(mapping.volume)
-        self._progress[mapping.volume] = progress
+        self._progress[mapping.volume] = (progress, self._clock.now())
         paused = progress.state is CopyState.PAUSED
-        if paused and (before is None or before.state is not CopyState.PAUSED):
+        if paused and (before is None or before[0].state is not CopyState.PAUSED):
             log.warning("%s on %s: %s", mapping.volume, mapping.container, progress.reason)
         op = mapping.op or mapping.map_op
         if op is not None:
@@ -287,10 +289,9 @@ class NasEngine:
         mapping, times = self._records.mapping(uuid), self._records.times(uuid)
         portal = self._records.portal(uuid)
         moving = times.transfer_since > 0
-        progress = (
-            self._progress.get(uuid, Progress(state=CopyState.NONE)) if moving else Progress(state=CopyState.NONE)
-        )
-        paused = f"paused: {progress.reason}" if progress.state is CopyState.PAUSED else ""
+        last, heard_at = self._progress.get(uuid, (Progress(state=CopyState.NONE), 0.0))
+        progress = last if moving else Progress(state=CopyState.NONE)
+        waits = last.state is CopyState.PAUSED and (moving or self._clock.now() - heard_at < HEARD_S)
         return ZvolRow(
             nas=self._host,
             pool=volume.pool,
@@ -313,7 +314,7 @@ class NasEngine:
             total_bytes=progress.total_bytes,
             wire_bytes=progress.wire_bytes,
             device=mapping.device,
-            note=paused,
+            note=f"paused: {last.reason}" if waits else "",
             error=mapping.error,
         )
 

@@ -430,14 +430,18 @@ def small_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
 
 
 def fill(folder: Path, leave_bytes: int = 0) -> Path:
-    """Take all that is free in a folder's file system, but so much; returns the file to remove again."""
+    """Take all that is free in a folder's file system, but so much, whatever else takes of it meanwhile; returns the
+    file to remove again.
+    """
     filler = folder / ".filler"
     with open(filler, "ab") as out:
-        space = os.statvfs(folder)
-        wanted = space.f_bavail * space.f_frsize - leave_bytes
-        if wanted > 0:
-            os.posix_fallocate(out.fileno(), out.tell(), wanted)
-    return filler
+        while True:
+            space = os.statvfs(folder)
+            wanted = space.f_bavail * space.f_frsize - leave_bytes
+            if wanted <= 0:
+                return filler
+            with contextlib.suppress(OSError):
+                os.posix_fallocate(out.fileno(), out.seek(0, os.SEEK_END), wanted)
 
 
 @pytest.fixture

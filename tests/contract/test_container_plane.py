@@ -300,9 +300,7 @@ def test_writes_wait_while_the_pool_is_nearly_full(world: World, pool: Path) -> 
     world.attach()
     guest = world.guest()
     assert world.container.tend() == []
-    filler = pool / ".filler"
-    with open(filler, "wb") as out:
-        os.posix_fallocate(out.fileno(), 0, 76 * MIB)
+    filler = fill(pool, leave_bytes=20 * MIB)
     (alarm,) = world.container.tend()
     assert "tank" in alarm
     assert "vol1" in alarm
@@ -330,6 +328,49 @@ def test_writes_wait_while_the_pool_is_nearly_full(world: World, pool: Path) -> 
     world.hydrate()
     world.settle()
     world.assert_device()
+
+
+@pytest.mark.parametrize("pool_bytes", [96 * MIB])
+@pytest.mark.parametrize("stage", ["copying", "local"])
+def test_a_pool_that_something_else_fills_at_once_fails_no_write(world: World, pool: Path, stage: str) -> None:
+    world.attach()
+    with Writer(world) as writer:
+        if stage == "local":
+            world.make_local()
+        else:
+            world.container.hydrate(world.uuid, world.generation)
+        writer.more(5)
+        assert world.container.tend() == []
+        filler = fill(pool)
+        writer.more(60)  # before anybody looks
+        assert "vol1 wait" in " ".join(world.container.tend())
+        assert "tank" in world.device().note
+        filler.unlink()
+        assert "again" in " ".join(world.container.tend())
+        assert world.device().note == ""
+        writer.more(20)
+    assert writer.failures == 0
+    world.hydrate()
+    world.settle()
+    world.assert_device()
+    assert world.detach() is Held.LOCAL
+    written = world.send(world.port(ReturnKind.WRITE_BACK)).total_bytes
+    assert written < SIZE + 2 * MIB  # what was kept ready is no change
+
+
+def test_what_is_kept_ready_for_a_guest_is_given_back(world: World, pool: Path) -> None:
+    world.attach()
+    world.write(MIB, 4096, 6)
+    overlay = pool / "vol1" / "ovl.qcow2"
+    before = overlay.stat().st_blocks
+    world.container.tend()
+    if overlay.stat().st_blocks == before:
+        pytest.skip("this file system keeps nothing ready")
+    assert overlay.stat().st_blocks * 512 >= overlay.stat().st_size + 20 * MIB
+    world.detach()
+    assert overlay.stat().st_blocks * 512 <= overlay.stat().st_size + MIB
+    world.write_back(ReturnKind.FOLD)
+    world.assert_nas()
 
 
 @pytest.mark.parametrize("pool_bytes", [144 * MIB])

@@ -104,3 +104,4 @@ class ContainerDisk:
     seen: dict[VolumeUuid, tuple[Generation, bool]] = field(default_factory=dict)
     openers: set[VolumeUuid] = field(default_factory=set)
     up: bool = True
+    full: bool = False

@@ -587,6 +587,26 @@ def test_a_list_pages_and_shows_progress_and_its_pause(bench: Bench) -> None:
     assert row.pool == TANK
 
 
+def test_a_list_shows_that_a_guests_writes_wait_as_long_as_they_do(bench: Bench) -> None:
+    def note() -> str:
+        question = ListZvols(nas=NAS)
+        answer = bench.cluster.nas._list(bench.letter(question, Role.FRONTEND), question)
+        assert isinstance(answer, ZvolList)
+        return answer.rows[0].note
+
+    bench.mapped()
+    bench.disk().full = True
+    bench.until(lambda: "writes wait" in note())
+    assert bench.phase() is Phase.LOCAL
+    for host in (NAS, HOME):  # whoever forgets it hears of it again
+        bench.cluster.kill(host)
+        bench.until(lambda: bench.cluster.hosts[NAS].runs and bench.cluster.hosts[HOME].runs)
+        bench.until(lambda: "writes wait" in note())
+    bench.disk().full = False
+    bench.until(lambda: not note())
+    bench.unmapped()
+
+
 def test_nothing_grows_with_the_number_of_grants(bench: Bench) -> None:
     def sizes() -> dict[str, int]:
         cluster = bench.cluster

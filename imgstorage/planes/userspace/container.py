@@ -21,7 +21,7 @@ from imgstorage.core.ports import Device, Grant, HeldCopy, Pool, Progress, Retur
 from imgstorage.planes.common import files, openers
 from imgstorage.planes.common.seen import Ledger
 from imgstorage.planes.common.verbs import typed_errors
-from imgstorage.planes.userspace import care, chain, front, hydrate, layout, sendback, space, state, warm
+from imgstorage.planes.userspace import care, chain, front, hydrate, layout, sendback, space, state, warm, window
 from imgstorage.planes.userspace.holding import Copying, Holding
 from imgstorage.planes.userspace.settings import ContainerSettings
 from imgstorage.planes.userspace.state import CopyPhase, CopyRecord
@@ -328,6 +328,7 @@ class UserspaceContainer:
             if record.phase in (CopyPhase.DIRECT, CopyPhase.PREPARING):
                 holding.drop()
                 return Held.NOTHING
+            window.give_back(holding)
             files.fsync_file(holding.overlay)
             return holding.advance(CopyPhase.RETURNING).held
 
@@ -394,7 +395,7 @@ class UserspaceContainer:
         portal = record.grant.portal
         remote = f"iscsi://{portal.address}:{portal.port}/{portal.iqn}/{portal.lun}" if portal else ""
         syncing = record.phase is CopyPhase.SYNCING
-        overlay = holding.overlay.stat().st_blocks if syncing else 0
+        overlay = holding.overlay_bytes() // 512 if syncing else 0
         return Device(
             volume=volume.uuid,
             name=volume.name,
@@ -407,6 +408,7 @@ class UserspaceContainer:
             generation=record.grant.generation,
             nas=record.grant.nas,
             pool=volume.pool,
+            note=f"pool {record.pool} is full: writes wait" if holding.paused else "",
         )
 
     def tend(self) -> Sequence[str]:

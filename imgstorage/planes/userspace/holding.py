@@ -63,6 +63,7 @@ class Copying:
     meter: Meter = field(default_factory=Meter)
     attempt: int = 0
     wanted: bool = False
+    again_at: float = 0.0
     daemon: Daemon | None = None
 
     @property
@@ -90,6 +91,8 @@ class Holding:
         self.hydrating = Copying()
         self.returning = Copying()
         self.paused = False
+        self.ready_of: Path | None = None
+        self.ready_to = 0
         self.run_folder = settings.run_dir / hashlib.sha256(uuid.encode()).hexdigest()[:10]
 
     # -- names ----------------------------------------------------------------------------------------------
@@ -110,6 +113,11 @@ class Holding:
     def overlay(self) -> Path:
         """What the guest wrote."""
         return self.folder / state.OVERLAY_FILE
+
+    def overlay_bytes(self) -> int:
+        """What the overlay occupies, without what is ready beyond its end."""
+        figures = self.overlay.stat()
+        return min(figures.st_size, figures.st_blocks * 512)
 
     @property
     def device_name(self) -> str:

@@ -66,7 +66,7 @@ def start(holding: Holding, port: ReturnPort) -> None:
 
 
 def _amount(holding: Holding) -> int:
-    return holding.overlay.stat().st_blocks * 512
+    return holding.overlay_bytes()
 
 
 def _send(holding: Holding, copying: Copying, portal: Portal) -> None:
