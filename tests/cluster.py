@@ -460,7 +460,7 @@ class Cluster:
             if phase != "cache":
                 found.append(f"{volume} is {phase}")
             names = {path.name for path in volume.iterdir()}
-            found += [f"file {volume / name}" for name in names - {"state.json", "run.json", "base.qcow2"}]
+            found += [f"file {volume / name}" for name in names - {"state.json", "run.json", "spare", "base.qcow2"}]
         return found
 
 

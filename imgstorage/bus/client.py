@@ -166,6 +166,7 @@ class Client:
     def _connect(self) -> Any:
         import pika
         import pika.exceptions
+        from pika.adapters.utils.connection_workflow import AMQPConnectorException  # none of its AMQPErrors
 
         troubles = []
         for url in self._urls:
@@ -175,6 +176,8 @@ class Client:
                 raise ImgStorageError(
                     "not_allowed", f"the message broker at {without_user(url)} refuses '{self._login[0]}'"
                 ) from error
+            except AMQPConnectorException:
+                troubles.append(f"{without_user(url)}: it takes the connection, and then says nothing")
             except (pika.exceptions.AMQPError, OSError) as error:
                 troubles.append(f"{without_user(url)}: {why(error)}")
         raise ImgStorageError("broker_unreachable", f"no message broker answers ({'; '.join(troubles)})")

@@ -58,7 +58,7 @@ CODES: dict[str, Code] = {
     "verify_failed": Code(EXIT_FAILED, True, "bytes that travelled do not compare equal"),
     "diverged": Code(EXIT_FAILED, False, "a copy is not a descendant of the version it claims"),
     "corrupt": Code(EXIT_FAILED, False, "durable state cannot be read"),
-    "lost_copy": Code(EXIT_FAILED, False, "the container no longer knows a copy it was given"),
+    "lost_copy": Code(EXIT_FAILED, False, "a copy that must be there is gone, on a container or on the NAS"),
     "bad_message": Code(EXIT_FAILED, False, "a message could not be understood"),
     "version_mismatch": Code(EXIT_FAILED, False, "two daemons speak different protocol versions"),
     "internal": Code(EXIT_FAILED, False, "a fault in this program"),

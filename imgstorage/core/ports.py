@@ -12,8 +12,9 @@ qemu-storage-daemon) and ``planes/kernel`` (zvols, tgt or LIO, open-iscsi, devic
   once; ``progress`` tells how far it is. A copy that stopped for want of space reports ``paused``, and
   goes on by itself when there is room.
 * Errors are :class:`imgstorage.core.errors.ImgStorageError`; ``retry`` says whether the engine tries again.
-* ``lost_copy`` is said of a copy only if everything here can be read, for it is quarantined then: while a pool is
-  away, or a record cannot be read, the answer is ``failed``.
+* ``lost_copy`` is said of a copy (on a NAS: of the volume itself) only if everything here can be read, for it is
+  quarantined then: while a pool is away, or a record cannot be read, the answer is ``failed`` (on a NAS
+  ``not_found``).
 """
 
 from __future__ import annotations
@@ -158,7 +159,8 @@ class Device(Checked):
 
     ``path`` is what a virtual machine opens; ``status`` the dm target (or its userspace equivalent):
     snapshot, snapshot-merge or linear, "" in direct mode; ``block_device`` the remote disk below it
-    ("" once local); ``synced`` "allocated/total metadata" in 512-byte sectors, "" when linear.
+    ("" once local); ``synced`` "allocated/total metadata" in 512-byte sectors, "" when linear; ``note`` why writes to
+    it wait ("": they do not).
     """
 
     volume: VolumeUuid
@@ -172,6 +174,7 @@ class Device(Checked):
     generation: Generation
     nas: HostName
     pool: PoolName
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -275,7 +278,8 @@ class NasPlane(Protocol):
         """Write the stamp durably beside the volume's data.
 
         It takes the place of one of the same version; in direct mode, of one of its parent version. Anything else
-        means that the volume was restored, or its database: ``diverged``. Raises ``stale_generation`` too.
+        means that the volume was restored, or its database: ``diverged``; so does a stamp that is missing. Raises
+        ``stale_generation`` too, ``corrupt`` for a stamp that cannot be read, ``lost_copy``.
         """
         ...
 

@@ -186,6 +186,10 @@ class ContainerRecords(Protocol):
         """Insert or replace."""
         ...
 
+    def last_op(self, uuid: VolumeUuid) -> OpId | None:
+        """The operation that last asked for something of a volume."""
+        ...
+
     def log(self, line: JournalLine) -> None:
         """Append to the journal."""
         ...

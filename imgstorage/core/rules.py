@@ -65,6 +65,11 @@ COMMON: tuple[Spec, ...] = (
     # -- a start that does not work out: what the container may hold decides who is asked to let go
     _rule(STARTING, ev.Failed, when="diverged", to=P.QUARANTINED, steps=(S.UNEXPORT,), owner=Owner.NOBODY,
           tell=ALL_FAIL, note="quarantined: {e.message}"),
+    # what the NAS has is not what its database says, or a container knows better: trying again cannot help
+    _rule((P.IDLE, P.DETACHING), ev.Failed, when="diverged, let go", to=P.QUARANTINED, steps=(S.UNEXPORT,),
+          owner=Owner.NOBODY, tell=ALL_FAIL, note="quarantined: {e.message}"),
+    _rule((P.ATTACHING, P.DETACHING), ev.Failed, when="met a newer grant", to=P.QUARANTINED, steps=(S.UNEXPORT,),
+          owner=Owner.NOBODY, tell=ALL_FAIL, note="quarantined: {e.message}"),
     _rule(P.ATTACHING, ev.Failed, when="never delivered", to=P.DETACHING, steps=(S.UNEXPORT,), tell=(FAILS,),
           note="{m.container} cannot be reached: the map is taken back"),
     _rule(P.EXPORTING, ev.Failed, when="for good", to=P.DETACHING, steps=(S.UNEXPORT,), tell=(FAILS,),
@@ -151,8 +156,10 @@ SYNC: tuple[Spec, ...] = (
           note="{m.container} holds nothing"),
     _rule(P.DETACHING, ev.Detached, to=P.QUARANTINED, steps=(S.UNEXPORT,), owner=Owner.NOBODY, tell=ALL_FAIL,
           note="{m.container} no longer knows the copy it was given"),
-    _rule((P.HYDRATING, P.MERGING, *GOING), ev.Failed, when="lost", to=P.QUARANTINED, steps=(S.UNEXPORT,),
-          owner=Owner.NOBODY, tell=ALL_FAIL, note="quarantined: {e.message}"),
+    _rule((P.HYDRATING, P.MERGING, *GOING, P.APPLYING), ev.Failed, when="lost", to=P.QUARANTINED,
+          steps=(S.UNEXPORT,), owner=Owner.NOBODY, tell=ALL_FAIL, note="quarantined: {e.message}"),
+    _rule((P.HYDRATING, P.MERGING, *RETURNING), ev.Failed, when="met a newer grant", to=P.QUARANTINED,
+          steps=(S.UNEXPORT,), owner=Owner.NOBODY, tell=ALL_FAIL, note="quarantined: {e.message}"),
     # it said "in use", and had let go when it was asked once more: it never takes the same grant again
     _rule(P.PULLING, ev.Detached, when="verified", note="{m.container} has let go; the pull is applied first"),
     _rule(HELD, ev.Detached, when="holds the whole volume", to=P.WRITING_BACK, steps=(S.UNEXPORT, S.OPEN_RETURN),

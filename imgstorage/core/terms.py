@@ -66,8 +66,39 @@ class Rule:
     refuse: str = ""
 
 
+TOLD = {
+    Phase.ATTACHING: Step.TELL_ATTACH,
+    Phase.HYDRATING: Step.TELL_HYDRATE,
+    Phase.MERGING: Step.TELL_SETTLE,
+    Phase.DETACHING: Step.TELL_DETACH,
+    Phase.PULLING: Step.TELL_RETURN,
+    Phase.FOLDING: Step.TELL_RETURN,
+    Phase.WRITING_BACK: Step.TELL_RETURN,
+}
+"""What the container is told in each phase."""
+
+
 def _in_use(event: ev.Event) -> bool:
     return isinstance(event, ev.Failed) and event.code == "in_use"
+
+
+def _diverged(event: ev.Event) -> bool:
+    """What the NAS has is not what its database says: another version, a newer grant's, or without a readable stamp.
+
+    A container says ``corrupt`` of its own state, and ``stale_generation`` of the NAS's: that is not meant here.
+    """
+    if not isinstance(event, ev.Failed):
+        return False
+    own = event.step not in {step.value for step in TOLD.values()}
+    return event.code == "diverged" or (own and event.code in ("corrupt", "stale_generation"))
+
+
+def _met_newer(mapping: Mapping, event: ev.Event) -> bool:
+    """The container met a newer grant than the present one: the NAS's database was restored."""
+    if not isinstance(event, ev.Failed) or event.code != "stale_generation":
+        return False
+    told = TOLD.get(mapping.phase)
+    return told is not None and event.step == told.value
 
 
 CONDITIONS: dict[str, Callable[[Mapping, ev.Event], bool]] = {
@@ -83,9 +114,12 @@ CONDITIONS: dict[str, Callable[[Mapping, ev.Event], bool]] = {
     "verified": lambda m, e: m.verified is not None,
     "never delivered": lambda m, e: isinstance(e, ev.Failed) and e.undelivered and e.step == Step.TELL_ATTACH,
     "for good": lambda m, e: isinstance(e, ev.Failed) and e.permanent,
-    "diverged": lambda m, e: isinstance(e, ev.Failed) and e.code == "diverged",
+    "diverged": lambda m, e: _diverged(e),
+    "diverged, let go": lambda m, e: _diverged(e) and isinstance(e, ev.Failed) and e.step == Step.UNEXPORT,
+    "met a newer grant": _met_newer,
     "does not compare": lambda m, e: isinstance(e, ev.Failed) and e.code == "verify_failed" and m.verified is None,
-    "lost": lambda m, e: isinstance(e, ev.Failed) and e.code == "lost_copy",
+    # a target that still is there serves on from a file that was removed
+    "lost": lambda m, e: isinstance(e, ev.Failed) and e.code == "lost_copy" and e.step != Step.EXPORT,
     "lost, direct": lambda m, e: isinstance(e, ev.Failed) and e.code == "lost_copy" and m.mode is Mode.DIRECT,
     "holds it all": lambda m, e: m.held is Held.LOCAL,
     "in use, direct": lambda m, e: _in_use(e) and m.mode is Mode.DIRECT and m.held is not Held.NOTHING,

@@ -31,7 +31,7 @@ def plane(config: NasConfig) -> UserspaceNas:
 def build(config: DaemonConfig, world: World) -> NasEngine:
     """The NAS's engine on its plane. Raises ImgStorageError."""
     assert isinstance(config, NasConfig)  # noqa: S101
-    return NasEngine(world, NasStore(config.state_dir / "img_storage.db"), plane(config))
+    return NasEngine(world, NasStore(config.state_dir / "img_storage.db"), plane(config), config.trash_s)
 
 
 def party(config: DaemonConfig) -> topology.Party:

@@ -60,6 +60,7 @@ TEND_EVERY_S = 0.5
 FIRST_LOOK_S = 0.02
 SLOWEST_LOOK_S = 0.5
 REPORT_EVERY_S = 1.0
+WAITING_EVERY_S = 5.0
 
 STEP_OF: dict[type[Command], Step] = {
     AttachZvol: Step.TELL_ATTACH,
@@ -84,6 +85,7 @@ class ContainerEngine:
         self._refused: dict[VolumeUuid, StepFailed] = {}
         self._attempts: dict[VolumeUuid, tuple[Generation, int]] = {}
         self._alarms: tuple[str, ...] = ()
+        self._waiting: dict[VolumeUuid, tuple[str, float]] = {}
         handlers: dict[type[Message], Handler] = {
             **dict.fromkeys(STEP_OF, self._command),
             CheckAttach: self._check,
@@ -110,10 +112,31 @@ class ContainerEngine:
             for sentence in self._plane.tend():
                 log.warning("%s", sentence)
                 self._alarms = (*self._alarms[-9:], sentence)
+            self._tell_waiting()
         except ImgStorageError as error:
             log.error("cannot look after the devices: %s", error)
         finally:
             self._tasks.run("tend", self._tend, TEND_EVERY_S)
+
+    def _tell_waiting(self) -> None:
+        """Tell each NAS which devices' writes wait, again and again while they do, and when they go on."""
+        now = self._clock.now()
+        notes = {device.volume: device.note for device in self._plane.devices() if device.note}
+        for volume in {*notes, *self._waiting}:
+            said, at = self._waiting.get(volume, ("", 0.0))
+            note = notes.get(volume, "")
+            if note == said and now - at < WAITING_EVERY_S:
+                continue
+            seen, op = self._records.seen(volume), self._records.last_op(volume)
+            if seen is not None and op is not None and volume not in self._transfer_since:  # a copy speaks for itself
+                progress = Progress(state=CopyState.PAUSED if note else CopyState.NONE, reason=note)
+                self._report(
+                    seen.nas, ZvolProgress(op=op, volume=volume, generation=seen.generation, progress=progress)
+                )
+            if note:
+                self._waiting[volume] = (note, now)
+            else:
+                self._waiting.pop(volume, None)
 
     # -- questions, answered at once
 

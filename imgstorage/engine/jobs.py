@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from imgstorage.core import events as ev
 from imgstorage.core.errors import ImgStorageError
-from imgstorage.core.machine import Decision, Milestone
+from imgstorage.core.machine import Decision, Milestone, Step
 from imgstorage.core.mapping import Generation, Mode, Volume, VolumeState
 from imgstorage.core.messages import (
     AddZvol,
@@ -28,7 +28,7 @@ from imgstorage.core.messages import (
     decode,
 )
 from imgstorage.core.names import OpId, VolumeUuid
-from imgstorage.core.ports import NasPlane, Progress, Tell
+from imgstorage.core.ports import NasPlane, Progress, Stamp, Tell
 from imgstorage.core.records import NasRecords
 from imgstorage.engine.book import Book
 from imgstorage.engine.driver import DATABASE_PAUSE_S, Driver
@@ -214,13 +214,29 @@ class Jobs:
 
         return tell
 
+    def _refuse_granted(self, volume: Volume) -> None:
+        """Raise ``stale_generation`` for a volume that was granted since, as its stamp says, and quarantine it: the
+        database is older than that. Whatever else is wrong with the stamp, the verb itself judges.
+        """
+        mapping = self._records.mapping(volume.uuid)
+        try:
+            self._plane.stamp(Stamp(volume=replace(volume, state=VolumeState.READY), generation=mapping.generation))
+        except ImgStorageError as error:
+            if error.code != "stale_generation":
+                return
+            failed = ev.Failed(step=Step.UNEXPORT.value, code=error.code, message=str(error), permanent=True)
+            self._driver.happen(volume.uuid, failed)
+            raise
+
     def _delete(self, request: DelZvol) -> bool:
         volume = self._records.volume_at(request.pool, request.volume)
         if volume is not None:
             try:
+                self._refuse_granted(volume)
                 self._plane.trash(volume)
-            except ImgStorageError:
-                if any(stamp.volume.uuid == volume.uuid for stamp in self._plane.stamps()):
+            except ImgStorageError as error:
+                usable = any(stamp.volume.uuid == volume.uuid for stamp in self._plane.stamps())
+                if usable or error.code == "corrupt":
                     self._records.save_volume(replace(volume, state=VolumeState.READY))  # it can still be used
                     raise
             self._driver.forget(volume.uuid)
@@ -234,6 +250,7 @@ class Jobs:
         volume = self._records.volume_at(request.pool, request.volume)
         if volume is None:
             raise ImgStorageError("not_found", f"there is no volume {request.pool}/{request.volume}")
+        self._refuse_granted(volume)
         self._plane.dump(volume, request.path, self._teller(request.op))
         return self._done(request.op, f"written to {request.path}")
 

@@ -55,6 +55,11 @@ from imgstorage.engine.world import World
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 2.0
+HEARD_S = 15.0
+"""For how long a container is believed that a guest's writes wait: it says so every 5 s."""
+TRASH_EVERY_S = 60.0
+TRASH_S = 24 * 3600.0
+"""How long what was removed is kept, if nobody says otherwise."""
 PAGE = 1000
 EXPORTED = MAY_RUN[Step.EXPORT]
 REQUESTS = (MapZvol, UnmapZvol, AddZvol, DelZvol, DumpZvol)
@@ -68,7 +73,8 @@ STEPS = frozenset(step.value for step in TOLD)
 class NasEngine:
     """One NAS. ``start`` once the post works; then ``receive`` letters; ``look`` runs by itself."""
 
-    def __init__(self, world: World, records: NasRecords, plane: NasPlane) -> None:
+    def __init__(self, world: World, records: NasRecords, plane: NasPlane, trash_s: float = TRASH_S) -> None:
+        self._trash_s = trash_s
         self._host, self._post, self._clock, self._tasks = world.host, world.post, world.clock, world.tasks
         self._records, self._plane = records, plane
         self._book = Book(world, records)
@@ -77,7 +83,7 @@ class NasEngine:
         self._driver.use(self._steps)
         self._jobs = Jobs(world, records, plane, self._driver, self._book)
         self._requests = Requests(world, records, plane, driver=self._driver, book=self._book, jobs=self._jobs)
-        self._progress: dict[VolumeUuid, Progress] = {}
+        self._progress: dict[VolumeUuid, tuple[Progress, float]] = {}
         self._alarms: dict[str, str] = {}
         handlers: dict[type[Message], Handler] = {
             **dict.fromkeys(REQUESTS, self._requests.accept),
@@ -105,6 +111,7 @@ class NasEngine:
         self._jobs.resume(driven)
         self._release_soon()
         self._tasks.run("look", self._look, LOOK_EVERY_S)
+        self._tasks.run("trash", self._empty_trash, LOOK_EVERY_S)
 
     def connected(self) -> None:
         """The broker is back: what was said meanwhile may be lost."""
@@ -157,9 +164,9 @@ class NasEngine:
 
     def _note_progress(self, mapping: Mapping, progress: Progress) -> None:
         before = self._progress.get(mapping.volume)
-        self._progress[mapping.volume] = progress
+        self._progress[mapping.volume] = (progress, self._clock.now())
         paused = progress.state is CopyState.PAUSED
-        if paused and (before is None or before.state is not CopyState.PAUSED):
+        if paused and (before is None or before[0].state is not CopyState.PAUSED):
             log.warning("%s on %s: %s", mapping.volume, mapping.container, progress.reason)
         op = mapping.op or mapping.map_op
         if op is not None:
@@ -208,6 +215,20 @@ class NasEngine:
             self._alarms["targets"] = str(error)
         finally:
             self._tasks.run("look", self._look, LOOK_EVERY_S)
+
+    def _empty_trash(self) -> None:
+        """Destroy what was removed long enough ago, on a timer."""
+        try:
+            count = self._plane.empty_trash(self._trash_s)
+            if count:
+                log.info("%d removed volumes are gone from the trash", count)
+            self._alarms.pop("trash", None)
+        except ImgStorageError as error:
+            if self._alarms.get("trash") != str(error):
+                log.error("cannot empty the trash: %s", error)
+            self._alarms["trash"] = str(error)
+        finally:
+            self._tasks.run("trash", self._empty_trash, TRASH_EVERY_S)
 
     def _compare(self) -> None:
         seen = {export.iqn: export for export in self._plane.exports()}
@@ -268,10 +289,9 @@ class NasEngine:
         mapping, times = self._records.mapping(uuid), self._records.times(uuid)
         portal = self._records.portal(uuid)
         moving = times.transfer_since > 0
-        progress = (
-            self._progress.get(uuid, Progress(state=CopyState.NONE)) if moving else Progress(state=CopyState.NONE)
-        )
-        paused = f"paused: {progress.reason}" if progress.state is CopyState.PAUSED else ""
+        last, heard_at = self._progress.get(uuid, (Progress(state=CopyState.NONE), 0.0))
+        progress = last if moving else Progress(state=CopyState.NONE)
+        waits = last.state is CopyState.PAUSED and (moving or self._clock.now() - heard_at < HEARD_S)
         return ZvolRow(
             nas=self._host,
             pool=volume.pool,
@@ -294,7 +314,7 @@ class NasEngine:
             total_bytes=progress.total_bytes,
             wire_bytes=progress.wire_bytes,
             device=mapping.device,
-            note=paused,
+            note=f"paused: {last.reason}" if waits else "",
             error=mapping.error,
         )
 

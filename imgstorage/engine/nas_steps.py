@@ -129,7 +129,7 @@ class NasSteps:
         try:
             self._stamp(mapping, volume, at_rest=True)
         except ImgStorageError as error:
-            if error.code == "not_found":
+            if error.code in ("not_found", "lost_copy"):
                 log.warning("%s is unmapped, but not stamped so: %s", volume, error)
             elif error.code == "diverged" and mapping.mode is Mode.DIRECT:
                 self._stamp(mapping, volume)  # the grant's version never got that far: only a writable stamp may follow

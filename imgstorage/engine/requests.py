@@ -255,6 +255,10 @@ class Requests:
 
     def _owned(self, text: str, volume: Volume, mapping: Mapping, code: str = "busy") -> ImgStorageError:
         """The refusal that names owner, operation and since when."""
+        if mapping.phase is Phase.QUARANTINED:
+            why = mapping.error or "its copies differ"
+            hint = "every copy is kept as it is; this version has no command that chooses one"
+            return ImgStorageError("quarantined", f"{volume} is quarantined: {why}", hint=hint)
         op = mapping.op or mapping.unmap_op or mapping.map_op
         since = _clock(self._records.times(volume.uuid).since)
         hint = f"imgstorage remove host storagemap {self._host} {volume.name}"

@@ -210,6 +210,10 @@ def _status(layout: Layout) -> int:
     print(f"sandbox in {layout.folder}")
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if supervisor.supervisor_of(layout).pid() is None and any(row[2] != "-" for row in rows[1:]):
+        print("the supervisor is gone: nothing restarts what dies")
+        print(f"try: imgstorage sandbox up dir={shlex.quote(str(layout.folder))}")
+        return EXIT_FAILED
     return EXIT_OK if all(row[3] == "yes" for row in rows[1:]) else EXIT_FAILED
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from sqlite_utils import Database as SqliteUtils
 from sqlite_utils import Migrations
 
-from imgstorage.core.names import VolumeUuid
+from imgstorage.core.names import OpId, VolumeUuid
 from imgstorage.core.records import JournalLine, Seen
 from imgstorage.store.database import Database, from_row, to_row
 
@@ -40,6 +40,11 @@ class ContainerStore(Database):
     def save_seen(self, seen: Seen) -> None:
         """Insert or replace."""
         self.upsert("seen", to_row(seen), "volume")
+
+    def last_op(self, uuid: VolumeUuid) -> OpId | None:
+        """The operation that last asked for something of a volume."""
+        row = self.row("SELECT op FROM journal WHERE volume = ? ORDER BY rowid DESC LIMIT 1", uuid)
+        return OpId(row["op"]) if row else None
 
     def log(self, line: JournalLine) -> None:
         """Append to the journal."""

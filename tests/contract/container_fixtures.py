@@ -407,21 +407,55 @@ def pool_bytes() -> int:
 
 
 @pytest.fixture
-def pool(tmp_path: Path, pool_bytes: int) -> Iterator[Path]:
-    """The container's pool: a folder, or a small file system of its own."""
-    folder = tmp_path / "tank"
+def nas_pool_bytes() -> int:
+    """The size of the NAS's pool (0 = the disk's); a test may set another."""
+    return 0
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
+    """A new folder, on a file system of its own unless ``size_bytes`` is 0."""
     folder.mkdir()
-    if not pool_bytes:
+    if not size_bytes:
         yield folder
         return
     try:
-        run(["mount", "-t", "tmpfs", "-o", f"size={pool_bytes}", "imgstorage-test", str(folder)])
+        run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "imgstorage-test", str(folder)])
     except ImgStorageError as error:
         pytest.skip(f"a small file system cannot be mounted here: {error}")
     try:
         yield folder
     finally:
         run(["umount", "-l", str(folder)])
+
+
+def fill(folder: Path, leave_bytes: int = 0) -> Path:
+    """Take all that is free in a folder's file system, but so much, whatever else takes of it meanwhile; returns the
+    file to remove again.
+    """
+    filler = folder / ".filler"
+    with open(filler, "ab") as out:
+        while True:
+            space = os.statvfs(folder)
+            wanted = space.f_bavail * space.f_frsize - leave_bytes
+            if wanted <= 0:
+                return filler
+            with contextlib.suppress(OSError):
+                os.posix_fallocate(out.fileno(), out.seek(0, os.SEEK_END), wanted)
+
+
+@pytest.fixture
+def pool(tmp_path: Path, pool_bytes: int) -> Iterator[Path]:
+    """The container's pool: a folder, or a small file system of its own."""
+    with small_disk(tmp_path / "tank", pool_bytes) as folder:
+        yield folder
+
+
+@pytest.fixture
+def nas_pool(tmp_path: Path, nas_pool_bytes: int) -> Iterator[Path]:
+    """The NAS's pool, likewise."""
+    with small_disk(tmp_path / "nas-tank", nas_pool_bytes) as folder:
+        yield folder
 
 
 @pytest.fixture(params=["on", "off"], ids=["file", "nbd"])
@@ -482,16 +516,14 @@ def image_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def other_end(tmp_path: Path, image_dir: Path) -> Iterator[NasPlane]:
+def other_end(nas_pool: Path, image_dir: Path) -> Iterator[NasPlane]:
     """The NAS of these tests: a real one, on a free port of loopback."""
-    pool = tmp_path / "nas-tank"
-    pool.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder = Path(tempfile.mkdtemp(prefix="in-"))
     nas = UserspaceNas(
-        NasSettings(state_dir=folder, pools={TANK: pool}, import_dirs=(image_dir,), address="127.0.0.1", port=port)
+        NasSettings(state_dir=folder, pools={TANK: nas_pool}, import_dirs=(image_dir,), address="127.0.0.1", port=port)
     )
     try:
         nas.start()

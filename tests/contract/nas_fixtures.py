@@ -174,6 +174,18 @@ class Lab:
         shutil.copy2(place, copy)
         copy.rename(place)
 
+    def lose(self, volume: Volume) -> None:
+        """Somebody removes a volume's bytes, and nothing else."""
+        self.place(volume).unlink()
+
+    def lose_stamp(self, volume: Volume) -> None:
+        """Somebody removes a volume's stamp, and nothing else."""
+        self.place(volume).with_suffix(".stamp").unlink()
+
+    def garble_stamp(self, volume: Volume) -> None:
+        """Somebody, or a broken disk, makes a volume's stamp unreadable."""
+        self.place(volume).with_suffix(".stamp").write_bytes(b"garbage")
+
     def leftovers(self) -> list[str]:
         """What is in the pools beside volumes and their stamps."""
         pool = self.settings.pools[TANK]

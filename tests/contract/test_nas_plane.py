@@ -5,7 +5,6 @@ The way back has a file of its own, test_nas_returns.py; images too, test_nas_im
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +14,7 @@ import pytest
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Mode
 from imgstorage.core.names import PoolName, VolumeUuid
-from imgstorage.core.ports import Stamp
+from imgstorage.core.ports import ReturnKind, Stamp
 from tests.contract.nas_fixtures import FIRST, SECOND, SECRET, SIZE, TANK, VMS, Lab
 
 pytestmark = pytest.mark.real
@@ -291,19 +290,44 @@ def test_a_volume_without_its_stamp_or_of_another_version_is_offered_to_nobody(l
     grant = lab.grant(volume)
     other = replace(grant, volume=replace(volume, version="v2"))
     refused("diverged", lambda: lab.plane.export(other, SECRET))
-    lab.place(volume).with_suffix(".stamp").unlink()
+    lab.lose_stamp(volume)
     refused("diverged", lambda: lab.plane.export(grant, SECRET))
     assert lab.plane.stamps() == []
-    lab.stamp(grant)
-    refused("diverged", lambda: lab.plane.export(grant, SECRET))
+    missing = refused("diverged", lambda: lab.stamp(grant))
+    assert "stamp" in missing.message
+    assert "missing" in missing.message
+    assert lab.plane.stamps() == []
 
 
-def test_a_volume_that_is_gone_is_not_found(lab: Lab) -> None:
+def test_a_stamp_that_cannot_be_read_is_never_written_over(lab: Lab) -> None:
     grant = lab.grant(lab.made())
-    os.unlink(lab.place(grant.volume))
-    refused("not_found", lambda: lab.plane.export(grant, SECRET))
-    refused("not_found", lambda: lab.stamp(grant))
+    lab.garble_stamp(grant.volume)
+    refused("corrupt", lambda: lab.plane.export(grant, SECRET))
+    refused("corrupt", lambda: lab.stamp(grant))
+    refused("corrupt", lambda: lab.plane.open_return(grant, ReturnKind.WRITE_BACK, 1, SECRET))
+    refused("corrupt", lambda: lab.plane.trash(grant.volume))
+
+
+def test_a_volume_that_is_gone_is_lost_unless_its_pool_is_gone_too(lab: Lab) -> None:
+    grant = lab.grant(lab.made())
+    pool = lab.place(grant.volume).parent
+    lab.lose(grant.volume)
+    refused("lost_copy", lambda: lab.plane.export(grant, SECRET))
+    refused("lost_copy", lambda: lab.stamp(grant))
+    refused("lost_copy", lambda: lab.plane.open_return(grant, ReturnKind.WRITE_BACK, 1, SECRET))
     lab.plane.unexport(grant.volume, grant.generation)
+    pool.rename(pool.with_name("away"))
+    refused("not_found", lambda: lab.plane.open_return(grant, ReturnKind.WRITE_BACK, 1, SECRET))
+    pool.mkdir()  # where its disk is to be mounted
+    refused("not_found", lambda: lab.plane.open_return(grant, ReturnKind.WRITE_BACK, 1, SECRET))
+
+
+def test_trash_takes_the_stamp_of_a_volume_that_is_gone(lab: Lab) -> None:
+    volume = lab.made()
+    lab.lose(volume)
+    lab.plane.trash(volume)
+    assert not any(path.is_file() for path in lab.place(volume).parent.rglob("*"))
+    lab.made()
 
 
 def test_unexport_works_while_the_pool_is_not_there(lab: Lab) -> None:

@@ -212,6 +212,18 @@ def test_without_a_broker_a_send_ends_at_its_deadline(broker: RealBroker) -> Non
         storage.stop()
 
 
+def test_a_broker_that_is_frozen_is_unreachable() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # the system takes the connection, and nobody answers
+        url = f"amqp://127.0.0.1:{mute.getsockname()[1]}"
+        began = time.monotonic()
+        with pytest.raises(ImgStorageError) as caught, Client((url,), "secret"):
+            pass
+    assert (caught.value.code, caught.value.exit_status) == ("broker_unreachable", 4)
+    assert "no message broker answers" in caught.value.message
+    assert url in caught.value.message
+    assert time.monotonic() - began < 20.0
+
+
 def test_a_broker_short_of_memory_is_named_and_the_message_goes_out_later(broker: RealBroker) -> None:
     storage = broker.bus(NAS, send_timeout_s=1.0)
     with running(storage):

@@ -534,3 +534,25 @@ def test_stopping_both_daemons_does_not_touch_a_guest(cluster: Cluster) -> None:
     for volume, base in ((local, image), (direct, other)):
         cluster.unmap(volume)
         assert cluster.verify(volume, base).writes >= 90
+
+
+def test_without_a_supervisor_a_command_says_who_is_away_and_status_says_what_to_do(cluster: Cluster) -> None:
+    volume, _image = cluster.imported()
+    cluster.well(f"add host storagemap {NAS} tank {volume} {SLOW} 1 img_sync=yes")
+    op = cluster.row(volume)["op"]
+    cluster.kill("supervisor")
+    cluster.kill("nas")
+    waiting = cluster.begin(f"show operation {op} wait=yes")
+    with pytest.raises(TimeoutError):
+        waiting.result(7)  # after 5 s a command says what it waits for
+    status = cluster.sandbox("status")
+    assert status.status == 1
+    assert "the supervisor is gone" in status.stdout
+    assert f"imgstorage sandbox up dir={cluster.folder}" in status.stdout
+    cluster.up()
+    done = waiting.result(60)
+    assert done.status == 0, done
+    assert f"{NAS}" in done.stderr
+    assert "not connected" in done.stderr
+    assert cluster.sandbox("status").status == 0
+    cluster.unmap(volume)

@@ -138,6 +138,32 @@ class Bench:
         self.cluster.clockwork.forward(130.0)
         assert self.cluster.left_over() == []
 
+    def assert_at_peace(self) -> None:
+        """Nothing is under way, and nothing is tried over and over."""
+        self.cluster.clockwork.forward(60.0)
+        assert self.cluster.at_rest()
+        lines = len(self.cluster.nas_store.rows("SELECT 1 FROM journal"))
+        self.cluster.clockwork.forward(120.0)
+        assert len(self.cluster.nas_store.rows("SELECT 1 FROM journal")) == lines
+        assert self.cluster.violations == []
+        assert self.cluster.clockwork.errors == []
+
+    def backup(self) -> bytes:
+        """The NAS's database as it is now."""
+        return bytes(self.cluster.nas_store.db.conn.serialize())
+
+    def restore(self, backup: bytes) -> None:
+        """The NAS comes up with an older database."""
+        self.cluster.stay_down.add(NAS)
+        self.cluster.kill(NAS)
+        path = self.cluster.folder / f"{NAS}.db"
+        for old in self.cluster.folder.glob(f"{path.name}*"):
+            old.unlink()
+        path.write_bytes(backup)
+        self.cluster.stay_down.discard(NAS)
+        self.cluster.start(NAS)
+        self.until(lambda: self.cluster.hosts[NAS].runs)
+
     def operation(self, op: OpId) -> Operation:
         found = self.cluster.nas_store.operation(op)
         assert found is not None

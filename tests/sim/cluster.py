@@ -28,6 +28,7 @@ from tests.sim.network import FRONTEND, Network, SimPost, Station
 
 TANK = PoolName("tank")
 POOL_BYTES = 1 << 40
+TRASH_S = 300.0
 NASES = (HostName("nas-0-0"),)
 CONTAINERS = (HostName("compute-0-0"), HostName("compute-0-1"))
 STORES: dict[Role, type[Database]] = {Role.NAS: NasStore, Role.CONTAINER: ContainerStore, Role.FRONTEND: FrontendStore}
@@ -117,7 +118,9 @@ class Cluster:
         point = self._point_of(process)
         try:
             if host.role is Role.NAS:
-                host.engine = NasEngine(world, store, MemoryNas(self.nas_disks[HostName(name)], point))
+                host.engine = NasEngine(
+                    world, store, MemoryNas(self.nas_disks[HostName(name)], point, self.clockwork.now), TRASH_S
+                )
             elif host.role is Role.CONTAINER:
                 disk = self.container_disks[HostName(name)]
                 plane = MemoryContainer(HostName(name), disk, self.nas_disks, point)
@@ -269,7 +272,7 @@ class Cluster:
             remembered[f"commands queued on {name}"] = engine._queued
             remembered[f"transfers on {name}"] = engine._transfer_since
         found += [f"{what}: {it}" for what, it in remembered.items() if it]
-        timers = ("look", "tend")
+        timers = ("look", "tend", "trash")
         found += [f"task {one}" for one in self.clockwork.waiting()
                   if not one.startswith("fate") and one.split(" ", 1)[1] not in timers]  # fmt: skip
         return found

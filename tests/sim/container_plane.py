@@ -289,6 +289,7 @@ class MemoryContainer:
             size_bytes=volume.size_bytes, status={"syncing": "snapshot", "local": "linear"}.get(copy.phase, ""),
             block_device="sim" if copy.phase in ("direct", "syncing") else "",
             generation=copy.grant.generation, nas=copy.grant.nas, pool=volume.pool,
+            note="pool tank is full: writes wait" if self._disk.full else "",
         )  # fmt: skip
 
     def tend(self) -> Sequence[str]:

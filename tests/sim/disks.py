@@ -27,6 +27,8 @@ class VolumeFile:
     blocks: Blocks = field(default_factory=dict)
     applying: str = ""
     edited: bool = False  # by somebody outside
+    garbled: bool = False  # its stamp cannot be read
+    trashed_at: float = 0.0
 
     @property
     def volume(self) -> Volume:
@@ -102,3 +104,4 @@ class ContainerDisk:
     seen: dict[VolumeUuid, tuple[Generation, bool]] = field(default_factory=dict)
     openers: set[VolumeUuid] = field(default_factory=set)
     up: bool = True
+    full: bool = False

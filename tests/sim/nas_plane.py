@@ -33,8 +33,10 @@ def next_version(base: str, generation: Generation, attempt: int, digest: str) -
 class MemoryNas:
     """``point(verb)`` is called before and after what a verb does; it may raise, or not come back."""
 
-    def __init__(self, disk: NasDisk, point: Callable[[str], None] = lambda verb: None) -> None:
-        self._disk, self._point = disk, point
+    def __init__(
+        self, disk: NasDisk, point: Callable[[str], None] = lambda verb: None, now: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        self._disk, self._point, self._now = disk, point, now
 
     def start(self) -> None:
         self._point("start")
@@ -59,7 +61,9 @@ class MemoryNas:
     def _file(self, volume: Volume) -> VolumeFile:
         found = self._disk.files.get(self._path(volume))
         if found is None or found.volume.uuid != volume.uuid:
-            raise ImgStorageError("not_found", f"{volume} is not there")
+            raise ImgStorageError("lost_copy", f"{volume} is not there")
+        if found.garbled:
+            raise ImgStorageError("corrupt", f"the stamp of {volume} cannot be read")
         return found
 
     def _current(self, grant: Grant) -> VolumeFile:
@@ -124,19 +128,22 @@ class MemoryNas:
             raise ImgStorageError("in_use", f"{volume} is exported")
         if any(uuid == volume.uuid and delta.version for (uuid, _g, _a), delta in self._disk.deltas.items()):
             raise ImgStorageError("in_use", f"what came back of {volume} is not applied yet")
+        there.trashed_at = self._now()
         self._disk.trash.append(self._disk.files.pop(path))
         self._point("trash")
 
     def empty_trash(self, older_than_s: float) -> int:
-        count = len(self._disk.trash)
-        self._disk.trash.clear()
+        kept = [file for file in self._disk.trash if self._now() - file.trashed_at < older_than_s]
+        count = len(self._disk.trash) - len(kept)
+        self._disk.trash[:] = kept
         return count
 
     def stamp(self, stamp: Stamp) -> None:
         self._point("stamp")
         file = self._file(stamp.volume)
         before = file.stamp
-        if before.generation.counter > stamp.generation.counter:
+        now, new = before.generation, stamp.generation
+        if now.counter > new.counter or (now.counter == new.counter and now != new):
             raise ImgStorageError("stale_generation", f"{stamp.volume} is stamped {before.generation}")
         follows = stamp.mode is Mode.DIRECT and stamp.volume.parent_version == file.volume.version
         if file.applying or not (stamp.volume.version == file.volume.version or follows):

@@ -16,6 +16,7 @@ from imgstorage.core.messages import (
     DetachZvol,
     Hello,
     ListZvols,
+    Message,
     OperationAnswer,
     OperationChanged,
     ReleaseZvol,
@@ -35,8 +36,9 @@ from imgstorage.core.messages import (
 from imgstorage.core.names import VolumeName
 from imgstorage.core.operations import Milestone
 from imgstorage.core.ports import CopyState, Progress
+from imgstorage.engine.container import STEP_OF
 from tests.sim.bench import AWAY, HOME, NAS, VOL, Bench, quiet
-from tests.sim.cluster import TANK
+from tests.sim.cluster import TANK, TRASH_S
 from tests.sim.disks import Target
 from tests.sim.network import FRONTEND
 from tests.sim.people import SIZE
@@ -385,6 +387,107 @@ def test_a_change_on_the_nas_during_a_mapping_keeps_both_copies(bench: Bench) ->
     assert bench.disk().copies[uuid].overlay == bench.guests.model[uuid]
 
 
+def test_a_stamp_that_cannot_be_read_is_quarantined_not_taken_back_for_ever(bench: Bench) -> None:
+    bench.people.ended(bench.people.add(VOL))
+    bench.file().garbled = True
+    ended = bench.people.ended(bench.people.map(VOL, HOME, Mode.SYNC))
+    assert (ended.milestone, ended.code) == (Milestone.FAILED, "corrupt")
+    assert bench.phase() is Phase.QUARANTINED
+    refusal = bench.people.refused(bench.people.unmap(VOL))
+    assert refusal.code == "quarantined"
+    assert HOME not in refusal.message  # it never got anything
+    assert "remove host storagemap" not in refusal.hint
+    assert bench.people.refused(bench.people.delete(VOL)).code == "quarantined"
+    bench.assert_at_peace()
+
+
+@pytest.mark.parametrize("harm", ["gone", "garbled"])
+def test_a_nas_copy_lost_during_a_mapping_keeps_the_containers(bench: Bench, harm: str) -> None:
+    uuid = bench.mapped()
+    bench.write(uuid, 1, 2)
+    if harm == "gone":
+        del bench.cluster.nas_disk.files[TANK, VOL]
+    else:
+        bench.file().garbled = True
+    ended = bench.people.ended(bench.people.unmap(VOL))
+    assert (ended.milestone, ended.code) == (Milestone.FAILED, "lost_copy" if harm == "gone" else "corrupt")
+    assert bench.phase() is Phase.QUARANTINED
+    assert bench.disk().copies[uuid].overlay == bench.guests.model[uuid]
+    bench.assert_at_peace()
+
+
+def test_an_unmap_waits_for_a_pool_that_is_away(bench: Bench) -> None:
+    uuid = bench.mapped()
+    bench.write(uuid, 1, 2)
+    pools = bench.cluster.nas_disk.pools
+    size = pools.pop(TANK)
+    op = bench.people.accepted(bench.people.unmap(VOL)).op
+    bench.until_phase(Phase.WRITING_BACK)
+    bench.cluster.clockwork.forward(120.0)
+    assert bench.phase() is Phase.WRITING_BACK
+    pools[TANK] = size
+    assert bench.people.ended(op).milestone is Milestone.DONE
+    bench.assert_bytes()
+
+
+def test_a_direct_volume_whose_stamp_broke_is_quarantined_when_it_is_unmapped(bench: Bench) -> None:
+    bench.mapped(Mode.DIRECT)
+    bench.file().garbled = True
+    ended = bench.people.ended(bench.people.unmap(VOL))
+    assert (ended.milestone, ended.code) == (Milestone.FAILED, "corrupt")
+    assert bench.phase() is Phase.QUARANTINED
+    bench.assert_at_peace()
+
+
+# -- a database that was restored
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("other", [HOME, AWAY])
+def test_a_volume_granted_since_is_quarantined_and_its_holder_works_on(bench: Bench, mode: Mode, other: str) -> None:
+    bench.people.ended(bench.people.add(VOL))
+    old = bench.backup()
+    uuid = bench.mapped(mode)
+    bench.write(uuid, 1, 2)
+    bench.restore(old)
+    ended = bench.people.ended(bench.people.map(VOL, other, Mode.SYNC))
+    assert ended.milestone is Milestone.FAILED
+    if other == AWAY:  # the container at hand refuses before anything is granted
+        assert ended.code == "stale_generation"
+        assert bench.phase() is Phase.QUARANTINED
+    bench.write(uuid, 3)
+    bench.assert_at_peace()
+
+
+@pytest.mark.parametrize("verb", ["dump", "delete"])
+def test_a_volume_granted_since_is_neither_dumped_nor_removed(bench: Bench, verb: str) -> None:
+    bench.people.ended(bench.people.add(VOL))
+    old = bench.backup()
+    uuid = bench.mapped()
+    bench.write(uuid, 1, 2)
+    bench.restore(old)
+    ended = bench.people.ended(bench.people.dump(VOL, "/images/out") if verb == "dump" else bench.people.delete(VOL))
+    assert (ended.milestone, ended.code) == (Milestone.FAILED, "stale_generation")
+    assert bench.phase() is Phase.QUARANTINED
+    assert bench.cluster.nas_disk.dumps == {}
+    assert bench.cluster.nas_disk.trash == []
+    bench.write(uuid, 3)
+
+
+@pytest.mark.parametrize("deaf", [AttachZvol, SyncZvol, SettleZvol, DetachZvol, ReturnZvol])
+def test_a_container_that_met_a_newer_grant_ends_every_retry(bench: Bench, deaf: type[Message]) -> None:
+    told = bench.deaf(HOME, deaf)
+    bench.people.accepted(bench.people.map(VOL, HOME, Mode.SYNC))
+    if deaf in (DetachZvol, ReturnZvol):
+        bench.until_phase(Phase.LOCAL)
+        bench.people.accepted(bench.people.unmap(VOL))
+    bench.until(lambda: told)
+    step = STEP_OF[deaf].value  # type: ignore[index]
+    bench.tell_nas(StepFailed(**about(bench), step=step, code="stale_generation", message="newer", retry=False))  # type: ignore[arg-type]
+    assert bench.phase() is Phase.QUARANTINED
+    bench.until(lambda: not bench.cluster.nas_store.unfinished())
+
+
 # -- a container that is lost for good
 
 
@@ -405,13 +508,13 @@ def test_a_lost_container_leaves_the_previous_state_and_the_volume_says_so(bench
         bench.until_phase(Phase.WRITING_BACK)
     bench.cluster.lose_container(HOME)  # type: ignore[arg-type]
     bench.until(lambda: bench.cluster.hosts[HOME].runs)
-    if when != "returning":
+    if when != "returning" and bench.phase() is not Phase.QUARANTINED:  # it may have said so by itself
         bench.people.accepted(bench.people.unmap(VOL))
     bench.until_phase(Phase.QUARANTINED)
     assert bench.file().blocks == saved
     assert bench.mapping().error
     bench.until(lambda: not bench.cluster.nas_store.unfinished())
-    assert bench.cluster.nas_disk.targets == {}
+    bench.until(lambda: bench.cluster.nas_disk.targets == {})
 
 
 def test_a_container_lost_after_everything_was_verified_leaves_the_new_state(bench: Bench) -> None:
@@ -445,6 +548,17 @@ def test_a_full_database_refuses_new_work_and_what_was_under_way_goes_on_later(b
     bench.until(lambda: not bench.cluster.nas_store.unfinished())
 
 
+# -- on the timer
+
+
+def test_the_trash_is_emptied_of_what_is_old_enough(bench: Bench) -> None:
+    bench.people.ended(bench.people.add(VOL))
+    assert bench.people.ended(bench.people.delete(VOL)).milestone is Milestone.DONE
+    bench.cluster.clockwork.forward(TRASH_S - 10.0)
+    assert len(bench.cluster.nas_disk.trash) == 1
+    bench.until(lambda: bench.cluster.nas_disk.trash == [], 100.0)
+
+
 # -- what is shown, and what is remembered
 
 
@@ -471,6 +585,26 @@ def test_a_list_pages_and_shows_progress_and_its_pause(bench: Bench) -> None:
     assert "tank is full" in row.note
     assert row.elapsed_s is not None
     assert row.pool == TANK
+
+
+def test_a_list_shows_that_a_guests_writes_wait_as_long_as_they_do(bench: Bench) -> None:
+    def note() -> str:
+        question = ListZvols(nas=NAS)
+        answer = bench.cluster.nas._list(bench.letter(question, Role.FRONTEND), question)
+        assert isinstance(answer, ZvolList)
+        return answer.rows[0].note
+
+    bench.mapped()
+    bench.disk().full = True
+    bench.until(lambda: "writes wait" in note())
+    assert bench.phase() is Phase.LOCAL
+    for host in (NAS, HOME):  # whoever forgets it hears of it again
+        bench.cluster.kill(host)
+        bench.until(lambda: bench.cluster.hosts[NAS].runs and bench.cluster.hosts[HOME].runs)
+        bench.until(lambda: "writes wait" in note())
+    bench.disk().full = False
+    bench.until(lambda: not note())
+    bench.unmapped()
 
 
 def test_nothing_grows_with_the_number_of_grants(bench: Bench) -> None:

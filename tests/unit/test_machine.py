@@ -279,6 +279,27 @@ def test_a_container_that_lost_what_it_held_is_quarantined_and_ends_every_operat
         assert late.mapping.error == decision.mapping.error
 
 
+@pytest.mark.parametrize("code", ["diverged", "corrupt", "stale_generation"])
+def test_what_the_nas_cannot_believe_is_quarantined_at_once(code: str) -> None:
+    ways = [
+        (SYNC, P.EXPORTING, S.EXPORT), (SYNC, P.WRITING_BACK, S.OPEN_RETURN), (SYNC, P.FOLDING, S.VERIFY_RETURN),
+        (SYNC, P.APPLYING, S.APPLY_RETURN), (DIRECT, P.DETACHING, S.UNEXPORT), (SYNC, P.IDLE, S.UNEXPORT),
+    ]  # fmt: skip
+    for mode, phase, step in ways:
+        event = ev.Failed(step=step.value, code=code, message="why", permanent=True)
+        decision = decide(mapping(mode, phase), event)
+        assert (decision.mapping.phase, decision.mapping.error) == (P.QUARANTINED, "why")
+
+
+def test_what_a_container_cannot_read_or_heard_too_late_is_no_proof() -> None:
+    unread = ev.Failed(step=S.TELL_RETURN.value, code="corrupt", message="why", permanent=True)
+    assert decide(mapping(SYNC, P.WRITING_BACK), unread).mapping.phase is P.WRITING_BACK
+    late = ev.Failed(step=S.TELL_ATTACH.value, code="stale_generation", message="let go", permanent=True)
+    assert decide(mapping(SYNC, P.DETACHING), late).mapping.phase is P.DETACHING
+    served = ev.Failed(step=S.EXPORT.value, code="corrupt", message="why", permanent=True)
+    assert decide(mapping(SYNC, P.HYDRATING), served).mapping.phase is P.HYDRATING  # its target may serve on
+
+
 def test_quarantine_ends_an_unmap_that_waits() -> None:
     waiting = mapping(SYNC, P.PULLING, verified=VERIFIED, unmap_op=UNMAP_OP)
     decision = decide(waiting, ev.Failed(step="apply_return", code="diverged", message="edited"))

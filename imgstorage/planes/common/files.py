@@ -2,12 +2,14 @@
 
 A file is replaced by writing a temporary one beside it, fsync, rename, fsync of the folder: a reader sees the
 old or the new one, whole. Temporary names begin with ``.tmp-``; what a crash left of them may be removed by
-whoever owns the folder.
+whoever owns the folder. A *spare* is a small file beside it whose blocks are taken already: on a full disk it is
+written instead of a temporary one, so that what must be recorded to let go of something always can be.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -24,6 +26,7 @@ T = TypeVar("T")
 
 TMP_PREFIX = ".tmp-"
 LOCK_POLL_S = 0.01
+SPARE_BYTES = 16384
 
 
 def fsync_dir(folder: Path) -> None:
@@ -61,6 +64,28 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     fsync_dir(path.parent)
 
 
+def keep_spare(spare: Path) -> None:
+    """Have a spare, if there is room for one; else that is tried again the next time."""
+    with contextlib.suppress(OSError):
+        if spare.exists() and spare.stat().st_size >= SPARE_BYTES:
+            return
+        fd = os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, SPARE_BYTES)
+        finally:
+            os.close(fd)
+
+
+def _use_spare(spare: Path, path: Path, data: bytes) -> None:
+    fd = os.open(spare, os.O_WRONLY | os.O_NOFOLLOW)
+    with open(fd, "wb") as out:
+        out.write(data)
+        out.truncate()
+        out.flush()
+        os.fsync(out.fileno())
+    rename_durably(spare, path)
+
+
 def rename_durably(source: Path, target: Path) -> None:
     """Rename within one file system; both folders are durable when this returns."""
     os.rename(source, target)
@@ -79,9 +104,20 @@ def remove_durably(path: Path) -> bool:
     return True
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file with ``value`` (anything msgspec encodes: dataclasses, structs, dicts), durably."""
-    write_durably(path, msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")
+def write_json(path: Path, value: Any, *, spare: Path | None = None) -> None:
+    """Replace a JSON file with ``value`` (anything msgspec encodes: dataclasses, structs, dicts), durably.
+
+    On a full disk the ``spare`` is used, if there is one; afterwards there is a new one if there is room.
+    """
+    data = msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
+    try:
+        write_durably(path, data)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or spare is None or not spare.exists():
+            raise
+        _use_spare(spare, path, data)
+    if spare is not None:
+        keep_spare(spare)
 
 
 def read_json(path: Path, kind: type[T]) -> T | None:

@@ -32,6 +32,7 @@ class Ledger:
     def prepare(self) -> None:
         """Make the folder."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        files.keep_spare(self._folder / "spare")
 
     def _path(self, volume: VolumeUuid) -> Path:
         return self._folder / f"{volume}.json"
@@ -51,7 +52,7 @@ class Ledger:
     def _write(self, volume: VolumeUuid, seen: Seen) -> None:
         before = self.of(volume)
         if before != seen and (before is None or before.generation.counter <= seen.generation.counter):
-            files.write_json(self._path(volume), seen)
+            files.write_json(self._path(volume), seen, spare=self._folder / "spare")
 
     def missing(self, volume: VolumeUuid, generation: Generation) -> bool:
         """Whether this generation was attached and never let go: there must be a record of it."""

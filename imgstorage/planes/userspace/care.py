@@ -2,7 +2,8 @@
 
 A healthy daemon is never restarted. A dead back is re-created on a new socket and its front with it (clients of
 the old one must fail for good); a dead front is re-created alone. Guest writes and copies pause while a pool has
-less than its watermark free, and go on when it has a quarter more.
+less than its watermark free, or no room to keep ready what they may take until the next look, and go on when it has a
+quarter more.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.names import PoolName, format_size
 from imgstorage.core.ports import Pool
-from imgstorage.planes.userspace import chain, front, hydrate, state
+from imgstorage.planes.userspace import chain, front, hydrate, state, window
 from imgstorage.planes.userspace.holding import Holding
 from imgstorage.planes.userspace.state import CopyPhase
 from imgstorage.tools import storage_daemon
@@ -103,6 +104,8 @@ def watch_space(holding: Holding, free_bytes: int, pool_name: PoolName) -> str:
     """Pause or resume a volume's guest writes and copy as its pool has room; a sentence when that changes."""
     mark = holding.settings.watermark_bytes
     low = free_bytes < (mark * RESUME_FACTOR if holding.paused else mark)
+    if not low and holding.record is not None and holding.record.phase in (CopyPhase.SYNCING, CopyPhase.LOCAL):
+        low = not window.keep(holding)
     if low == holding.paused or not holding.lock.acquire(blocking=False):
         return ""
     try:
@@ -132,7 +135,8 @@ def watch_space(holding: Holding, free_bytes: int, pool_name: PoolName) -> str:
 
 def empty_trash(place: Path) -> None:
     """Remove what was dropped: its record went with it, and the NAS had proven to hold it."""
-    shutil.rmtree(place / state.TRASH_FOLDER, ignore_errors=True)
+    for grave in (place / state.TRASH_FOLDER).glob("*"):
+        shutil.rmtree(grave, ignore_errors=True)
 
 
 def end_unknown(run_dir: Path) -> None:

@@ -20,7 +20,8 @@ from imgstorage.core.names import PoolName, VolumeName, VolumeUuid
 from imgstorage.core.ports import Device, Grant, HeldCopy, Pool, Progress, ReturnPort
 from imgstorage.planes.common import files, openers
 from imgstorage.planes.common.seen import Ledger
-from imgstorage.planes.userspace import care, chain, front, hydrate, layout, sendback, space, state, warm
+from imgstorage.planes.common.verbs import typed_errors
+from imgstorage.planes.userspace import care, chain, front, hydrate, layout, sendback, space, state, warm, window
 from imgstorage.planes.userspace.holding import Copying, Holding
 from imgstorage.planes.userspace.settings import ContainerSettings
 from imgstorage.planes.userspace.state import CopyPhase, CopyRecord
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 RECOVERY_THREADS = 8
 
 
+@typed_errors
 class UserspaceContainer:
     """A container whose devices are qemu-storage-daemon exports. See :class:`imgstorage.core.ports.ContainerPlane`."""
 
@@ -326,6 +328,7 @@ class UserspaceContainer:
             if record.phase in (CopyPhase.DIRECT, CopyPhase.PREPARING):
                 holding.drop()
                 return Held.NOTHING
+            window.give_back(holding)
             files.fsync_file(holding.overlay)
             return holding.advance(CopyPhase.RETURNING).held
 
@@ -392,7 +395,7 @@ class UserspaceContainer:
         portal = record.grant.portal
         remote = f"iscsi://{portal.address}:{portal.port}/{portal.iqn}/{portal.lun}" if portal else ""
         syncing = record.phase is CopyPhase.SYNCING
-        overlay = holding.overlay.stat().st_blocks if syncing else 0
+        overlay = holding.overlay_bytes() // 512 if syncing else 0
         return Device(
             volume=volume.uuid,
             name=volume.name,
@@ -405,6 +408,7 @@ class UserspaceContainer:
             generation=record.grant.generation,
             nas=record.grant.nas,
             pool=volume.pool,
+            note=f"pool {record.pool} is full: writes wait" if holding.paused else "",
         )
 
     def tend(self) -> Sequence[str]:
@@ -412,6 +416,9 @@ class UserspaceContainer:
         if self._absent_pools() or self._unknown:
             self._find_holdings()
         said = {where: f"{where} cannot be read: {why}" for where, why in self._unknown.items()}
+        for name in self._settings.pools:
+            with contextlib.suppress(OSError):
+                said[f"{name} caches"] = space.relieve(self._settings, self._all(), name)
         for holding in self._all():
             said[holding.uuid] = care.tend(holding, fuse=self._fuse)
             pool = holding.record.pool if holding.record else None

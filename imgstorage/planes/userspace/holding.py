@@ -1,13 +1,15 @@
 """One volume on a container: its folder, its durable record, and the daemons that serve it now.
 
 ``run.json`` beside the record names the daemons; it is written without fsync, since after a reboot none of them
-runs. It lies with the data, not in the run-time folder: a daemon is found even if that folder was emptied.
+runs, and in place, in one block that never changes its size: a full disk must keep nobody from letting go. It lies with
+the data, not in the run-time folder: a daemon is found even if that folder was emptied.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import threading
@@ -22,12 +24,17 @@ from imgstorage.core.mapping import Mode
 from imgstorage.core.names import VolumeUuid
 from imgstorage.core.ports import Progress
 from imgstorage.planes.common import files
+from imgstorage.planes.common.verbs import of_system
 from imgstorage.planes.userspace import state
 from imgstorage.planes.userspace.settings import ContainerSettings
 from imgstorage.planes.userspace.state import CopyPhase, CopyRecord
 from imgstorage.planes.userspace.wire import Meter
 from imgstorage.tools import storage_daemon
 from imgstorage.tools.storage_daemon import Daemon
+
+log = logging.getLogger(__name__)
+
+RUN_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +63,7 @@ class Copying:
     meter: Meter = field(default_factory=Meter)
     attempt: int = 0
     wanted: bool = False
+    again_at: float = 0.0
     daemon: Daemon | None = None
 
     @property
@@ -83,6 +91,8 @@ class Holding:
         self.hydrating = Copying()
         self.returning = Copying()
         self.paused = False
+        self.ready_of: Path | None = None
+        self.ready_to = 0
         self.run_folder = settings.run_dir / hashlib.sha256(uuid.encode()).hexdigest()[:10]
 
     # -- names ----------------------------------------------------------------------------------------------
@@ -103,6 +113,11 @@ class Holding:
     def overlay(self) -> Path:
         """What the guest wrote."""
         return self.folder / state.OVERLAY_FILE
+
+    def overlay_bytes(self) -> int:
+        """What the overlay occupies, without what is ready beyond its end."""
+        figures = self.overlay.stat()
+        return min(figures.st_size, figures.st_blocks * 512)
 
     @property
     def device_name(self) -> str:
@@ -134,16 +149,23 @@ class Holding:
         """The first record of a grant, durably; the folder is made."""
         if not self.folder.is_dir():
             self.folder.mkdir(mode=0o700, parents=True)
+            (self.folder.parent / state.TRASH_FOLDER).mkdir(mode=0o700, exist_ok=True)  # later there may be no room
             files.fsync_dir(self.folder.parent)
         self.record = state.save(self.folder, self.record, record)
 
     def set_runtime(self, **changes: Any) -> None:
         """Note which daemons serve the volume."""
         self.runtime = replace(self.runtime, **changes)
-        path = self.folder / state.RUN_FILE
-        tmp = self.folder / f"{files.TMP_PREFIX}run"
-        tmp.write_bytes(msgspec.json.encode(self.runtime))
-        os.replace(tmp, path)
+        data = msgspec.json.encode(self.runtime)
+        fd = os.open(self.folder / state.RUN_FILE, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            os.pwrite(fd, data.ljust(-(-len(data) // RUN_BYTES) * RUN_BYTES), 0)
+        except OSError as error:
+            if any(changes.values()):
+                raise of_system(error) from None
+            log.info("%s still names daemons that are gone: %s", self.folder / state.RUN_FILE, error)
+        finally:
+            os.close(fd)
 
     def _load_runtime(self) -> Runtime:
         try:

@@ -14,13 +14,14 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Sequence
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.ports import CopyState, Progress
 from imgstorage.planes.common import files
 from imgstorage.planes.userspace import chain, layout, state
-from imgstorage.planes.userspace.holding import Holding
+from imgstorage.planes.userspace.holding import Copying, Holding
 from imgstorage.planes.userspace.state import CopyPhase
 from imgstorage.tools import qemu_img, storage_daemon
 from imgstorage.tools.qmp import Monitor
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 LUN_EXPORT = "nas"
 POOL_FULL = "the pool is full"
 MAP_TIMEOUT_S = 600.0
+RETRY_S = 2.0
 ZERO_REQUEST_BYTES = 1 << 30  # one request of QEMU is below 2 GiB
 
 
@@ -190,10 +192,20 @@ def progress(holding: Holding) -> Progress:
         copying.meter.look(daemon.pid, record.grant.portal)
         with daemon.connect() as monitor:
             job = storage_daemon.job(monitor, chain.STREAM_JOB)
+            if job is not None and job.io_status == "nospace" and not holding.paused:
+                _try_again(monitor, job, copying)
     if job is None:
         return copying.progress
     copying.progress = _of_job(job, size, copying.meter.received_bytes)
     return copying.progress
+
+
+def _try_again(monitor: Monitor, job: Job, copying: Copying) -> None:
+    """Let a copy go on that met a full pool between two looks at it: nobody paused it, so nobody would resume it."""
+    now = time.monotonic()
+    if now >= copying.again_at:
+        copying.again_at = now + RETRY_S
+        resume(monitor, job)
 
 
 def _of_job(job: Job, size: int, wire: int) -> Progress:

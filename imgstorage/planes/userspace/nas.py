@@ -33,6 +33,7 @@ from imgstorage.core.ports import (
 )
 from imgstorage.planes.common import names
 from imgstorage.planes.common.target import LUN, Offer, Targets
+from imgstorage.planes.common.verbs import typed_errors
 from imgstorage.planes.userspace import images, returns, sidecar
 from imgstorage.planes.userspace.returns import Delta
 from imgstorage.planes.userspace.sidecar import Sidecar
@@ -73,6 +74,7 @@ class NasSettings:
                 raise ImgStorageError("bad_config", f"a pool's folder has no comma in its path: {path}")
 
 
+@typed_errors
 class UserspaceNas:
     """Volumes as sparse files, offered by a tgtd of its own."""
 

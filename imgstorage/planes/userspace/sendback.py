@@ -7,12 +7,14 @@ everything is closed cleanly, and the digest of the overlay is what the NAS has 
 * A way back that was broken off starts afresh; nothing on the container changes by it.
 * ``attempt`` and digest are written durably at the end: asked again, the same attempt answers at once.
 * Its daemon never outlives a restart of the plane.
+* A NAS that cannot be written pauses it; the write that failed is tried again every RETRY_S.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +34,7 @@ JOB = "back"
 GRANULARITY_BYTES = 4096
 POLL_S = 0.05
 LOOK_EVERY = 20
+RETRY_S = 2.0
 END_TIMEOUT_S = 60.0
 
 
@@ -63,7 +66,7 @@ def start(holding: Holding, port: ReturnPort) -> None:
 
 
 def _amount(holding: Holding) -> int:
-    return holding.overlay.stat().st_blocks * 512
+    return holding.overlay_bytes()
 
 
 def _send(holding: Holding, copying: Copying, portal: Portal) -> None:
@@ -147,6 +150,7 @@ def _follow(monitor: Monitor, copying: Copying, portal: Portal) -> None:
     """Until the job has concluded; at "ready" all is over there, and the job is asked to end."""
     asked = False
     look = 0
+    again_at = 0.0
     while True:
         job = storage_daemon.job(monitor, JOB)
         if job is None or job.status == "concluded":
@@ -156,10 +160,15 @@ def _follow(monitor: Monitor, copying: Copying, portal: Portal) -> None:
         if look % LOOK_EVERY == 0 and copying.daemon is not None:
             copying.meter.look(copying.daemon.pid, portal)
         look += 1
-        copying.progress = _of_job(job, copying.meter.sent_bytes)
-        if job.io_status != "ok" and copying.wanted:
-            copying.wanted = False
-            monitor.command("block-job-resume", {"device": JOB})
+        before, now = copying.progress, _of_job(job, copying.meter.sent_bytes)
+        moves = now.done_bytes != before.done_bytes or job.status == "ready"
+        if now.state is CopyState.PAUSED or moves or before.state is not CopyState.PAUSED:
+            copying.progress = now  # else it is tried again, and may fail again: nobody need hear of that
+        if job.io_status != "ok":
+            again_at = again_at or time.monotonic() + RETRY_S
+            if copying.wanted or time.monotonic() >= again_at:
+                copying.wanted, again_at = False, 0.0
+                monitor.command("block-job-resume", {"device": JOB})
         if job.status == "ready" and not asked:
             asked = True
             monitor.command("block-job-cancel", {"device": JOB, "force": False})

@@ -75,23 +75,19 @@ def save(volume_file: Path, sidecar: Sidecar) -> None:
     files.write_json(stamp_path(volume_file), sidecar)
 
 
-def renewed(old: Sidecar | None, stamp: Stamp, now: Identity) -> Sidecar:
-    """The sidecar for a new stamp of a file that is ``now`` so.
+def renewed(old: Sidecar, stamp: Stamp, now: Identity) -> Sidecar:
+    """The sidecar for a new stamp of the same volume, whose file is ``now`` so.
 
     A file that was exported writable under the old stamp is taken as it is, if it is still the same inode; else
     what was recorded stays recorded.
     """
-    if old is None or old.stamp.volume.uuid != stamp.volume.uuid:
-        return Sidecar(stamp=stamp, file=Identity())
     seen = now if old.opened and not old.applying and now.inode == old.file.inode else old.file
     still = old.opened and stamp.generation == old.stamp.generation and stamp.mode is Mode.DIRECT
     return Sidecar(stamp=stamp, file=seen, applying=old.applying, opened=still)
 
 
-def unrelated(old: Sidecar | None, stamp: Stamp) -> str:
+def unrelated(old: Sidecar, stamp: Stamp) -> str:
     """Why a stamp cannot follow the old one, as a clause; "" if it can: same version, or its writable child."""
-    if old is None or old.stamp.volume.uuid != stamp.volume.uuid:
-        return ""
     there, new = old.stamp.volume.version, stamp.volume
     if there == new.version or (stamp.mode is Mode.DIRECT and there == new.parent_version):
         return ""

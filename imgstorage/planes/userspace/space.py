@@ -2,12 +2,13 @@
 
 A volume is taken only if its pool could hold it at its worst beside what the volumes already there may still
 take: for each, ``layout.need_bytes`` times the configured ``reserve``, less what its files occupy now; and the
-watermark stays free. Caches count as free: they are dropped, least recently used first, when that makes room.
+watermark stays free. Caches count as free: they are dropped, least recently used first, when that makes room, for a
+volume that comes and for those in use whose pool runs full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Volume
@@ -27,8 +28,7 @@ def still_to_come(holding: Holding, reserve: float) -> int:
 def make_room(settings: ContainerSettings, held: Sequence[Holding], volume: Volume, pool: PoolName) -> None:
     """Drop caches until ``volume`` fits. Raises ``no_space`` if it does not fit even then."""
     here = [one for one in held if one.record is not None and one.record.pool == pool]
-    caches = [one for one in here if one.known.phase is CopyPhase.CACHE and one.uuid != volume.uuid]
-    caches.sort(key=lambda one: (one.folder / state.STATE_FILE).stat().st_mtime)
+    caches = _caches(one for one in here if one.uuid != volume.uuid)
     own = next((care.used_bytes(one.folder) for one in here if one.uuid == volume.uuid), 0)
     promised = sum(
         still_to_come(one, settings.reserve)
@@ -44,7 +44,37 @@ def make_room(settings: ContainerSettings, held: Sequence[Holding], volume: Volu
                 f"{volume.name} at its worst and what the volumes there may still take",
                 host=settings.host,
             )
-        cache = caches.pop(0)
-        with cache.lock:
-            if cache.record is not None and cache.record.phase is CopyPhase.CACHE:
-                cache.drop()
+        _drop(caches.pop(0))
+
+
+def relieve(settings: ContainerSettings, held: Sequence[Holding], pool: PoolName) -> str:
+    """Drop caches while a pool in which volumes are in use has less than the watermark free, and until it has enough
+    for writes to go on; one sentence if any was dropped.
+    """
+    here = [one for one in held if one.record is not None and one.record.pool == pool]
+    used = [one for one in here if one.known.phase in (CopyPhase.SYNCING, CopyPhase.LOCAL)]
+    enough = settings.watermark_bytes * care.RESUME_FACTOR
+    wanted = enough if any(one.paused for one in used) else settings.watermark_bytes
+    dropped = []
+    if used and care.pool(pool, settings.pools[pool]).free_bytes < wanted:
+        for cache in _caches(here):
+            if care.pool(pool, settings.pools[pool]).free_bytes >= enough:
+                break
+            name = cache.known.grant.volume.name
+            if _drop(cache):
+                dropped.append(name)
+    return f"pool {pool} runs full: the cached copy of {', '.join(dropped)} was dropped" if dropped else ""
+
+
+def _caches(holdings: Iterable[Holding]) -> list[Holding]:
+    """The caches among some volumes, least recently used first."""
+    caches = [one for one in holdings if one.record is not None and one.record.phase is CopyPhase.CACHE]
+    return sorted(caches, key=lambda one: (one.folder / state.STATE_FILE).stat().st_mtime)
+
+
+def _drop(cache: Holding) -> bool:
+    with cache.lock:
+        if cache.record is None or cache.record.phase is not CopyPhase.CACHE:
+            return False
+        cache.drop()
+        return True

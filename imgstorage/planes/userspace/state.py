@@ -29,6 +29,7 @@ from imgstorage.planes.common import files
 
 STATE_FILE = "state.json"
 RUN_FILE = "run.json"
+SPARE_FILE = "spare"
 BASE_FILE = "base.qcow2"
 OVERLAY_FILE = "ovl.qcow2"
 NEW_BASE_PREFIX = ".new-base-"
@@ -129,7 +130,7 @@ def load(folder: Path) -> CopyRecord | None:
 def save(folder: Path, old: CopyRecord | None, new: CopyRecord) -> CopyRecord:
     """Write a record durably, readable by its owner only (it holds the target's secret)."""
     check_transition(old.phase if old else None, new.phase)
-    files.write_json(folder / STATE_FILE, new)
+    files.write_json(folder / STATE_FILE, new, spare=folder / SPARE_FILE)
     return new
 
 

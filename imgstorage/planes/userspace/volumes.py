@@ -78,11 +78,18 @@ class Volumes:
         return self.folder(volume.pool) / (volume.name + VOLUME_SUFFIX)
 
     def present(self, volume: Volume) -> tuple[Path, Identity]:
-        """The file of a volume that exists. Raises ``not_found``, ``not_allowed`` (not a regular file)."""
+        """The file of a volume that exists. Raises ``not_found``, ``lost_copy``, ``not_allowed`` (not a regular file).
+
+        A pool with nothing in it is taken for one whose disk is not mounted: its volumes are not lost.
+        """
         path = self.path(volume)
         found = sidecar.identity(path)
         if found is None:
-            raise ImgStorageError("not_found", f"volume {volume} has no file: {path}")
+            if not any(path.parent.iterdir()):
+                raise ImgStorageError(
+                    "not_found", f"pool {volume.pool} is empty: is its disk mounted at {path.parent}?"
+                )
+            raise ImgStorageError("lost_copy", f"the file of {volume} is gone: {path}")
         return path, found
 
     def owns(self, path: str) -> bool:
@@ -143,9 +150,11 @@ class Volumes:
         """As :meth:`NasPlane.stamp`. Raises ``not_found`` too."""
         path, now = self.present(stamp.volume)
         old = sidecar.load(path)
-        if old is not None and old.stamp.volume.uuid != stamp.volume.uuid and old.file.inode == now.inode:
-            raise ImgStorageError("conflict", f"{path} is another volume: {old.stamp.volume.uuid}")
-        if old is not None and older(stamp.generation, old.stamp.generation):
+        if old is None:
+            raise ImgStorageError("diverged", f"the stamp of {stamp.volume} is missing: {sidecar.stamp_path(path)}")
+        if old.stamp.volume.uuid != stamp.volume.uuid:
+            raise ImgStorageError("diverged", f"{path} is stamped as another volume: {old.stamp.volume.uuid}")
+        if older(stamp.generation, old.stamp.generation):
             raise ImgStorageError(
                 "stale_generation",
                 f"{stamp.volume} was granted as {old.stamp.generation} already, not as {stamp.generation}",
@@ -173,12 +182,14 @@ class Volumes:
         """The file and the sidecar of a volume whose bytes are the stamped version, which is the one that the
         caller means, unless ``any_version`` will do.
 
-        Raises ``not_found``, ``diverged``, ``corrupt``.
+        Raises ``not_found``, ``lost_copy``, ``diverged``, ``corrupt``.
         """
         path, now = self.present(volume)
         known = sidecar.load(path)
-        if known is None or known.stamp.volume.uuid != volume.uuid:
-            raise ImgStorageError("diverged", f"the file of {volume} is not the volume: it has no stamp of it")
+        if known is None:
+            raise ImgStorageError("diverged", f"the stamp of {volume} is missing: {sidecar.stamp_path(path)}")
+        if known.stamp.volume.uuid != volume.uuid:
+            raise ImgStorageError("diverged", f"{path} is stamped as another volume: {known.stamp.volume.uuid}")
         why = sidecar.changed(known, now)
         if why:
             raise ImgStorageError(
@@ -208,10 +219,12 @@ class Volumes:
         path = self.path(volume)
         found = sidecar.identity(path)
         known = sidecar.load(path)
-        other = known is not None and known.stamp.volume.uuid != volume.uuid
-        if found is None or other:
+        if known is not None and known.stamp.volume.uuid != volume.uuid:
             return
-        self.discard(volume, path, VOLUME_SUFFIX)
+        if found is not None:
+            self.discard(volume, path, VOLUME_SUFFIX)
+        elif known is not None:
+            files.remove_durably(sidecar.stamp_path(path))  # of a file that somebody took away
 
     def discard(self, volume: Volume, path: Path, suffix: str) -> None:
         """Move a volume's file, or one that belongs to it, into the trash."""
@@ -261,7 +274,18 @@ def need_space(folder: Path, wanted_bytes: int, what: str) -> None:
         raise ImgStorageError(
             "no_space",
             f"{what} needs {format_size(wanted_bytes)}, and {folder} has {format_size(free)} free",
+            hint=_trash_hint(folder),
         )
+
+
+def _trash_hint(folder: Path) -> str:
+    """What could be freed at once, if anything."""
+    trash = folder / TRASH
+    with contextlib.suppress(OSError):
+        held = sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(trash))
+        if held >= 1 << 20:
+            return f"{trash} holds {format_size(held)} of removed volumes, until trash_hours have passed"
+    return ""
 
 
 def set_size(path: Path, size_bytes: int, pool: PoolName) -> None:

@@ -3,11 +3,12 @@
 Only a complete base can become one. The overlay is committed into it after the NAS verified it, never before; the
 base is then the bytes of the new version. ``releasing`` is durable before the first byte of the base changes: a
 release that was broken off is finished by committing again in the same boot, and by dropping everything after
-another (a power loss may have torn the base; nothing is lost, the NAS holds it).
+another (a power loss may have torn the base; nothing is lost, the NAS holds it). A full disk drops it too.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 
 from imgstorage.core.errors import ImgStorageError
@@ -17,6 +18,8 @@ from imgstorage.planes.userspace import care, state
 from imgstorage.planes.userspace.holding import Holding
 from imgstorage.planes.userspace.state import CopyPhase, CopyRecord
 from imgstorage.tools import qemu_img
+
+log = logging.getLogger(__name__)
 
 
 def usable(record: CopyRecord, volume: Volume) -> bool:
@@ -42,7 +45,12 @@ def finish_release(holding: Holding) -> None:
         return
     if holding.overlay.exists():
         base = qemu_img.node(holding.base, "qcow2")
-        qemu_img.commit(qemu_img.node(holding.overlay, "qcow2", backing=base))
+        try:
+            qemu_img.commit(qemu_img.node(holding.overlay, "qcow2", backing=base))
+        except ImgStorageError as error:
+            log.warning("the copy of %s is not kept as a cache: %s", record.grant.volume.name, error)
+            holding.drop()
+            return
         files.fsync_file(holding.base)
         files.remove_durably(holding.overlay)
     holding.advance(CopyPhase.CACHE, digest="", attempt=0)
