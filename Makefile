@@ -3,16 +3,16 @@
 .PHONY: help install uninstall build demo run up down test tests all check lint unit format docs lock clean
 
 help: ## show these targets
-	@sed -nE 's/^([a-z]+)[a-z ]*:.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo "also: build = install, run = demo, tests = all = test, lint = check"
 
-install build: ## install what is missing: Debian packages (as root) and .venv; there is nothing to build
+install: ## install what is missing: Debian packages (as root) and .venv
 	@admin/install --test
 
 uninstall: ## remove .venv; Debian packages stay
 	@rm -rf .venv
 
-demo run: ## run the main job on a real disk image, on this machine
+demo: ## run the main job on a real disk image, on this machine
 	@admin/demo
 
 up: install ## start a sandbox: a whole cluster on this machine
@@ -21,10 +21,10 @@ up: install ## start a sandbox: a whole cluster on this machine
 down: ## stop it; its data stays
 	@.venv/bin/imgstorage sandbox down
 
-test tests all: ## all checks and all tests
+test: ## all checks and all tests
 	@admin/test
 
-check lint: install ## style, layout, types, imports
+check: install ## style, layout, types, imports
 	@admin/check
 
 unit: ## the unit tests
@@ -46,3 +46,8 @@ lock: ## write the locked requirements anew (UPGRADE=1: newest versions)
 clean: ## remove what was made here, but nothing under version control
 	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+build: install
+run: demo
+tests all: test
+lint: check
