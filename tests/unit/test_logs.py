@@ -53,6 +53,7 @@ def test_a_log_that_was_moved_away_is_opened_anew(log: logging.Logger, tmp_path:
 
 
 def test_the_logs_of_a_sandbox_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where the sockets of a long folder would be
     layout = create(tmp_path / "sb", None)
     monkeypatch.setattr(supervisor, "LARGEST_LOG_BYTES", 1000)
     path = layout.log_of(layout.host("nas-0-0"))
