@@ -21,7 +21,7 @@ from typing import Any
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.ports import CopyState, Portal, Progress, ReturnKind, ReturnPort
-from imgstorage.planes.userspace import chain, layers, space
+from imgstorage.planes.userspace import chain, helper, layers, space
 from imgstorage.planes.userspace.digest import layer_digest
 from imgstorage.planes.userspace.holding import Copying, Holding
 from imgstorage.planes.userspace.state import CopyPhase
@@ -39,7 +39,7 @@ END_TIMEOUT_S = 60.0
 
 
 def start(holding: Holding, port: ReturnPort) -> None:
-    """Start sending to ``port``, or let it go on. Raises ``conflict``, ``no_space``."""
+    """Start sending to ``port``, or let it go on. Raises ``conflict``, ``busy``, ``no_space``."""
     wanted = CopyPhase.LOCAL if port.kind is ReturnKind.PULL else CopyPhase.RETURNING
     if port.portal is None:
         raise ImgStorageError("internal", "the port names no portal")
@@ -48,7 +48,7 @@ def start(holding: Holding, port: ReturnPort) -> None:
         if record.phase is not wanted:
             raise ImgStorageError("conflict", f"the copy is {record.phase.value}, not {wanted.value}")
         if port.attempt < max(record.point, record.attempt):
-            raise ImgStorageError("conflict", f"attempt {port.attempt} of the way back is over")
+            raise ImgStorageError("busy", f"attempt {port.attempt} of the way back is over")
         if record.digest and record.attempt == port.attempt:
             return
         copying = holding.returning
@@ -77,7 +77,7 @@ def _send(holding: Holding, copying: Copying, port: ReturnPort) -> None:
         if phase is CopyPhase.LOCAL:
             layers.freeze(holding, port.attempt, copying.cancel)
         else:
-            layers.consolidate(holding, copying)
+            helper.consolidate(holding, copying)
         layer = holding.layers[0]
         _transfer(holding, copying, port, layer)
         copying.reading = True
@@ -105,7 +105,7 @@ def _send(holding: Holding, copying: Copying, port: ReturnPort) -> None:
 def _transfer(holding: Holding, copying: Copying, port: ReturnPort, layer: Path) -> None:
     assert port.portal is not None  # noqa: S101
     try:
-        with layers.helper(holding, copying) as daemon, daemon.connect() as monitor:
+        with helper.launched(holding, copying) as daemon, daemon.connect() as monitor:
             _mirror(monitor, holding, copying, port.portal, layer)
             copying.meter.look(daemon.pid, port.portal)
             monitor.command("blockdev-del", {"node-name": "dst"})
