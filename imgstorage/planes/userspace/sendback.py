@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 JOB = "back"
 GRANULARITY_BYTES = 4096
+LEAST_BUFFER_BYTES = 64 << 10
+MOST_BUFFER_BYTES = 16 << 20
 POLL_S = 0.05
 LOOK_EVERY = 20
 END_TIMEOUT_S = 60.0
@@ -131,7 +133,7 @@ def _mirror(monitor: Monitor, holding: Holding, copying: Copying, portal: Portal
             "target": "dst",
             "sync": "top",
             "granularity": GRANULARITY_BYTES,
-            "speed": holding.settings.return_speed_bytes_s,
+            **_pace(holding.settings.return_speed_bytes_s),
             "auto-dismiss": False,
             "on-source-error": "stop",
             "on-target-error": "stop",
@@ -142,6 +144,16 @@ def _mirror(monitor: Monitor, holding: Holding, copying: Copying, portal: Portal
     if job is None or job.error:
         raise ImgStorageError("failed", f"the way back ended early: {job.error if job else 'job lost'}")
     monitor.command("job-dismiss", {"id": JOB})
+
+
+def _pace(bytes_s: int) -> dict[str, int]:
+    """The mirror's arguments for a limit. QEMU fills its whole buffer at once (16 MiB unless told otherwise) and then
+    waits until the limit is kept on average: a buffer of an eighth of a second keeps it all the time.
+    """
+    if not bytes_s:
+        return {}
+    buffer = min(MOST_BUFFER_BYTES, max(LEAST_BUFFER_BYTES, bytes_s // 8))
+    return {"speed": bytes_s, "buf-size": buffer // GRANULARITY_BYTES * GRANULARITY_BYTES}
 
 
 def _follow(monitor: Monitor, copying: Copying, portal: Portal) -> None:
