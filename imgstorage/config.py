@@ -69,6 +69,7 @@ class NasConfig(DaemonConfig):
 class ContainerConfig(DaemonConfig):
     """``img-storage-vm``: pools by name, where devices appear, whether FUSE is used (auto, on, off).
 
+    ``copy_speed`` limits each copy to the container, ``return_speed`` each way back: bytes per second, 0 = no limit.
     ``reserve`` is the share of what a volume may take at its worst that must be free before it is taken.
     """
 
@@ -78,6 +79,7 @@ class ContainerConfig(DaemonConfig):
     run_dir: Path
     fuse: str
     copy_speed_bytes_s: int
+    return_speed_bytes_s: int
     watermark_bytes: int
     reserve: float
 
@@ -324,6 +326,7 @@ def load_container(path: Path) -> ContainerConfig:
         run_dir=container.path("run_dir", "/run/imgstorage"),
         fuse=container.choice("fuse", ("auto", "on", "off"), "auto"),
         copy_speed_bytes_s=container.size("copy_speed", 0),
+        return_speed_bytes_s=container.size("return_speed", 0),
         watermark_bytes=container.size("watermark", 64 << 20),
         reserve=container.integer("reserve_percent", 100, 0, 100) / 100,
     )

@@ -120,6 +120,9 @@ CONDITIONS: dict[str, Callable[[Mapping, ev.Event], bool]] = {
     "does not compare": lambda m, e: isinstance(e, ev.Failed) and e.code == "verify_failed" and m.verified is None,
     # a target that still is there serves on from a file that was removed
     "lost": lambda m, e: isinstance(e, ev.Failed) and e.code == "lost_copy" and e.step != Step.EXPORT,
+    "pull cannot work": lambda m, e: (
+        isinstance(e, ev.Failed) and e.permanent and e.step in (Step.OPEN_RETURN, Step.TELL_RETURN)
+    ),
     "lost, direct": lambda m, e: isinstance(e, ev.Failed) and e.code == "lost_copy" and m.mode is Mode.DIRECT,
     "holds it all": lambda m, e: m.held is Held.LOCAL,
     "in use, direct": lambda m, e: _in_use(e) and m.mode is Mode.DIRECT and m.held is not Held.NOTHING,

@@ -23,6 +23,7 @@ from imgstorage.core.messages import (
     ListZvols,
     MapZvol,
     Message,
+    PullZvol,
     ReleaseZvol,
     Report,
     Role,
@@ -62,7 +63,7 @@ TRASH_S = 24 * 3600.0
 """How long what was removed is kept, if nobody says otherwise."""
 PAGE = 1000
 EXPORTED = MAY_RUN[Step.EXPORT]
-REQUESTS = (MapZvol, UnmapZvol, AddZvol, DelZvol, DumpZvol)
+REQUESTS = (MapZvol, UnmapZvol, PullZvol, AddZvol, DelZvol, DumpZvol)
 REPORTS = (
     ZvolAttached, ZvolSynced, ZvolSettled, ZvolDetached, ZvolReturned, ZvolProgress, ZvolReleased, StepFailed,
 )  # fmt: skip
@@ -195,10 +196,12 @@ class NasEngine:
                 log.debug("release of %s waits: %s", release.volume, error)
 
     def _released(self, letter: Letter, report: ZvolReleased) -> None:
-        for release in self._records.releases():
-            mine = (release.volume, release.generation, release.container)
-            if mine == (report.volume, report.generation, letter.host):
-                self._records.forget_release(report.volume, report.generation)
+        """The container has heard. What it says of the release of an earlier pull says nothing of the present one."""
+        with self._records.write():
+            for release in self._records.releases():
+                mine = (release.volume, release.generation, release.container, release.op)
+                if mine == (report.volume, report.generation, letter.host, report.op):
+                    self._records.forget_release(report.volume, report.generation)
 
     # -- reconcile
 

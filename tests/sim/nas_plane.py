@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -23,11 +22,7 @@ from imgstorage.core.ports import (
     Tell,
     untold,
 )
-from tests.sim.disks import Delta, NasDisk, Target, VolumeFile, digest_of
-
-
-def next_version(base: str, generation: Generation, attempt: int, digest: str) -> str:
-    return hashlib.sha256(f"{base} {generation} {attempt} {digest}".encode()).hexdigest()[:16]
+from tests.sim.disks import Delta, NasDisk, Target, VolumeFile, digest_of, next_version
 
 
 class MemoryNas:

@@ -21,7 +21,19 @@ from imgstorage.core.ports import Device, Grant, HeldCopy, Pool, Progress, Retur
 from imgstorage.planes.common import files, openers
 from imgstorage.planes.common.seen import Ledger
 from imgstorage.planes.common.verbs import typed_errors
-from imgstorage.planes.userspace import care, chain, front, hydrate, layout, sendback, space, state, warm, window
+from imgstorage.planes.userspace import (
+    care,
+    chain,
+    front,
+    hydrate,
+    layers,
+    layout,
+    sendback,
+    space,
+    state,
+    warm,
+    window,
+)
 from imgstorage.planes.userspace.holding import Copying, Holding
 from imgstorage.planes.userspace.settings import ContainerSettings
 from imgstorage.planes.userspace.state import CopyPhase, CopyRecord
@@ -91,6 +103,7 @@ class UserspaceContainer:
         for holding in self._all():
             hydrate.cancel(holding)
             sendback.cancel(holding)
+            layers.stop(holding)
             with holding.lock:
                 care.end_all(holding, force=True)
         care.end_unknown(self._settings.run_dir)
@@ -287,7 +300,7 @@ class UserspaceContainer:
         return sendback.progress(holding) or hydrate.progress(holding)
 
     def send_back(self, volume: VolumeUuid, generation: Generation, port: ReturnPort) -> None:
-        """See the protocol. ``not_allowed`` for a pull: this plane sends back only what is not in use."""
+        """See the protocol. Raises ``conflict``, ``no_space``."""
         sendback.start(self._find(volume, generation), port)
 
     # -- letting go -----------------------------------------------------------------------------------------
@@ -315,6 +328,7 @@ class UserspaceContainer:
             raise self._stale(record, generation)
         if record.phase not in (*state.OFFERED, CopyPhase.PREPARING):
             return record.held
+        sendback.cancel(holding)  # a pull: nobody waits for it any more
         if not force and (found := self._openers(holding)):
             raise self._in_use(record, found)
         with holding.lock:
@@ -323,14 +337,18 @@ class UserspaceContainer:
             if not force and not chain.withdraw(holding):
                 raise self._in_use(record, self._openers(holding) or ["a program that has just opened it"])
             hydrate.cancel(holding)
+            holding.folding.cancel.set()
             chain.end_back(holding)
             self._ledger.close(volume, generation)
             if record.phase in (CopyPhase.DIRECT, CopyPhase.PREPARING):
                 holding.drop()
                 return Held.NOTHING
-            window.give_back(holding)
-            files.fsync_file(holding.overlay)
-            return holding.advance(CopyPhase.RETURNING).held
+            for layer in holding.layers:
+                window.give_back(layer)
+                files.fsync_file(layer)
+            holding.ready_of = None
+            holding.returning = Copying()
+            return holding.advance(CopyPhase.RETURNING, attempt=0, digest="", sent_base="", switching=False).held
 
     def _never_attached(self, volume: VolumeUuid, generation: Generation) -> Held:
         """The answer for a grant of which no record is here. Raises ``lost_copy`` if there must have been one, or
@@ -371,8 +389,16 @@ class UserspaceContainer:
         if holding.record.grant.generation.counter > generation.counter:
             return  # the older copy had to be gone before a newer grant could come
         record = self._find(volume, generation).known
-        if record.phase not in (CopyPhase.RETURNING, CopyPhase.RELEASING):
+        if record.phase not in (CopyPhase.LOCAL, CopyPhase.RETURNING, CopyPhase.RELEASING):
             raise ImgStorageError("not_allowed", f"{record.grant.volume.name} is {record.phase.value}: still in use")
+        if record.phase is CopyPhase.LOCAL:
+            with holding.lock:
+                if holding.known.phase is CopyPhase.LOCAL:
+                    layers.release(holding, version)
+            return
+        if record.phase is CopyPhase.RETURNING and not layers.is_proof(record, version):
+            log.info("%s: version %s is not what was sent last: nothing is released", record.grant.volume.name, version)
+            return
         sendback.cancel(holding)
         with holding.lock:
             if record.phase is CopyPhase.RETURNING:
@@ -395,7 +421,7 @@ class UserspaceContainer:
         portal = record.grant.portal
         remote = f"iscsi://{portal.address}:{portal.port}/{portal.iqn}/{portal.lun}" if portal else ""
         syncing = record.phase is CopyPhase.SYNCING
-        overlay = holding.overlay_bytes() // 512 if syncing else 0
+        overlay = holding.written_bytes() // 512 if syncing else 0
         return Device(
             volume=volume.uuid,
             name=volume.name,

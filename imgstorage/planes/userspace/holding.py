@@ -55,7 +55,9 @@ class Runtime:
 
 @dataclass
 class Copying:
-    """A copy in the background: what it said last, and how to stop it."""
+    """A copy in the background: what it said last, and how to stop it. ``reading``: it changes nothing any more, so
+    whoever stops it need not wait for it.
+    """
 
     progress: Progress = field(default_factory=lambda: Progress(state=_none()))
     thread: threading.Thread | None = None
@@ -64,6 +66,7 @@ class Copying:
     attempt: int = 0
     wanted: bool = False
     again_at: float = 0.0
+    reading: bool = False
     daemon: Daemon | None = None
 
     @property
@@ -90,6 +93,8 @@ class Holding:
         self.runtime = self._load_runtime()
         self.hydrating = Copying()
         self.returning = Copying()
+        self.folding = Copying()
+        self.fold_began = 0.0
         self.paused = False
         self.ready_of: Path | None = None
         self.ready_to = 0
@@ -110,14 +115,19 @@ class Holding:
         return self.folder / state.BASE_FILE
 
     @property
-    def overlay(self) -> Path:
-        """What the guest wrote."""
-        return self.folder / state.OVERLAY_FILE
+    def layers(self) -> tuple[Path, ...]:
+        """What the guest wrote, from the bottom to the top."""
+        return tuple(self.folder / name for name in self.known.layers)
 
-    def overlay_bytes(self) -> int:
-        """What the overlay occupies, without what is ready beyond its end."""
-        figures = self.overlay.stat()
-        return min(figures.st_size, figures.st_blocks * 512)
+    @property
+    def overlay(self) -> Path:
+        """What the guest writes to."""
+        return self.layers[-1]
+
+    def written_bytes(self) -> int:
+        """What the layers occupy, without what is ready beyond their ends."""
+        figures = [layer.stat() for layer in self.layers if layer.exists()]
+        return sum(min(one.st_size, one.st_blocks * 512) for one in figures)
 
     @property
     def device_name(self) -> str:
@@ -221,9 +231,12 @@ class Holding:
                     entry.unlink()
 
     def clear_unfinished(self) -> None:
-        """Remove what was being made, and never got its name."""
+        """Remove what was being made and never got its name, and layers that the record does not list (any more)."""
         for prefix in (state.NEW_BASE_PREFIX, files.TMP_PREFIX):
             for entry in self.folder.glob(f"{prefix}*"):
+                entry.unlink(missing_ok=True)
+        for entry in self.folder.glob(state.LAYER_PATTERN):
+            if entry.name not in self.known.layers:
                 entry.unlink(missing_ok=True)
 
     def clear_run_files(self, suffix: str, keep: str) -> None:

@@ -35,6 +35,7 @@ from imgstorage.planes.common import names
 from imgstorage.planes.common.target import LUN, Offer, Targets
 from imgstorage.planes.common.verbs import typed_errors
 from imgstorage.planes.userspace import images, returns, sidecar
+from imgstorage.planes.userspace.digest import next_version
 from imgstorage.planes.userspace.returns import Delta
 from imgstorage.planes.userspace.sidecar import Sidecar
 from imgstorage.planes.userspace.volumes import Volumes, older
@@ -252,7 +253,7 @@ class UserspaceNas:
         if delta is None:
             known = sidecar.load(path)
             if known is not None:
-                version = returns.next_version(known.stamp.volume.parent_version, grant.generation, attempt, digest)
+                version = next_version(known.stamp.volume.parent_version, grant.generation, attempt, digest)
                 if known.stamp.volume.version == version:
                     return version  # applied already
             raise ImgStorageError("verify_failed", f"nothing of attempt {attempt} is here")

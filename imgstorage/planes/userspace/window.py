@@ -2,7 +2,7 @@
 
 An overlay grows at its end. If something else takes the rest of the pool at once, whatever the guest writes until the
 next look at the pool would fail; so the file always has some blocks beyond its end (fallocate(2), KEEP_SIZE), and none
-of its clusters has holes between the subclusters that were written. They are given back when the overlay is closed.
+of its clusters has holes between the subclusters that were written. They are given back when it is frozen or closed.
 File systems that cannot do this (EOPNOTSUPP) have the watermark alone. What a guest discards is given back at once.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.planes.userspace import layout
@@ -45,8 +46,7 @@ def keep(holding: Holding) -> bool:
     return True
 
 
-def give_back(holding: Holding) -> None:
-    """Free what is ready beyond the end of an overlay that nobody has open any more."""
-    path, holding.ready_of, holding.ready_to = holding.overlay, None, 0
-    if path.exists():
-        os.truncate(path, path.stat().st_size)
+def give_back(layer: Path) -> None:
+    """Free what is ready beyond the end of a layer that nobody writes to any more."""
+    if layer.exists():
+        os.truncate(layer, layer.stat().st_size)
