@@ -137,7 +137,7 @@ def test_a_late_command_to_pull_does_nothing_once_the_device_is_gone(bench: Benc
     )
     for message in (
         ReturnZvol(op=op, volume=uuid, generation=generation, port=port),
-        ReleaseZvol(op=op, volume=uuid, generation=generation, version="of an earlier pull"),
+        ReleaseZvol(op=op, volume=uuid, generation=generation, version="earlier"),
     ):
         engine.receive(Letter(message=message, role=Role.NAS, host=NAS))
         bench.cluster.clockwork.forward(1.0)
