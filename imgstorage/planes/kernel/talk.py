@@ -21,8 +21,8 @@ Rules
   verified it then: that is ``verify_return``, with :func:`digest` of the snapshot that was sent.
 * A fold has no transfer; its digest is :func:`fold_digest`.
 
-Exit statuses of the forced command: ZFS's own (0, 1, 2) once a stream was agreed on, with its words on stderr, which
-:func:`imgstorage.tools.zfs.errors.reason` tells apart; :data:`REFUSED` after a Go that says no; :data:`NO_TALK` if the
+Exit statuses of the forced command: ZFS's own once a stream was agreed on, with its words on stderr, which
+:func:`imgstorage.tools.zfs.errors.reason` tells apart (0; 1; and from ``zfs send`` 255, which is also ssh's own); :data:`REFUSED` after a Go that says no; :data:`NO_TALK` if the
 talk itself failed; :data:`NOT_GRANTED` if there is no such transfer (any more), with a line on stderr.
 """
 
@@ -125,7 +125,9 @@ def decode(text: bytes, kind: type[Line]) -> Line:
         if kind is Hello:
             version = msgspec.json.decode(text, type=dict).get("version")
             if version != VERSION:
-                raise ImgStorageError("version_mismatch", f"the NAS speaks version {version} of transfers, not {VERSION}")
+                raise ImgStorageError(
+                    "version_mismatch", f"the NAS speaks version {version} of transfers, not {VERSION}"
+                )
         return msgspec.json.decode(text, type=kind)
     except msgspec.MsgspecError as error:
         raise ImgStorageError("bad_message", f"a transfer's {kind.__name__} cannot be understood: {error}") from None
