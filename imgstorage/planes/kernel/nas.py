@@ -99,6 +99,11 @@ class KernelNas:
         self._targets.stop()
 
     @property
+    def control_socket(self) -> Path:
+        """What ``TGT_IPC_SOCKET`` has to be for tgtadm to reach this NAS's target daemon."""
+        return self._settings.state_dir / "ctl"
+
+    @property
     def target_pid(self) -> int | None:
         """The target daemon's process id; None if it does not run."""
         return self._targets.pid
