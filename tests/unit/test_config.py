@@ -12,7 +12,8 @@ from imgstorage.core.errors import ImgStorageError
 
 Fields = dict[str, dict[str, str]]
 LOADERS: dict[str, Callable[[Path], object]] = {
-    "nas": load_nas, "kernel nas": load_nas, "container": load_container, "frontend": load_frontend, "client": load_client,
+    "nas": load_nas, "kernel nas": load_nas, "container": load_container, "frontend": load_frontend,
+    "client": load_client,
 }  # fmt: skip
 
 
