@@ -172,42 +172,47 @@ class KernelNas:
         gone = {target.name for target in superseded(grant, iqn, self._targets_of(seen.name))}
         if gone:
             self._targets.remove(lambda target: target.name in gone)
-        known = self._without_back(grant, seen.name, known)
-        if known.opened and known.opened != str(grant.generation):
-            known = self._seal(seen.name, known)
+        seen, known = self._at_rest(grant, seen, known)
         if grant.mode is Mode.DIRECT:
             self._open(seen, known, grant.generation)
-            transfer = None
-        else:
-            transfer = self._hydrate_permit(grant, seen.name, known)
-        return self._offer(grant, iqn, "", secret, seen.name, writable=grant.mode is Mode.DIRECT, transfer=transfer)
+            return self._offer(grant, iqn, "", secret, seen.name, writable=True)
+        if not seen.dataset.readonly:
+            datasets.set_properties(seen.name, {"readonly": "on"})
+        transfer = self._hydrate_permit(grant, seen.name, known)
+        return self._offer(grant, iqn, "", secret, seen.name, writable=False, transfer=transfer)
 
-    def _without_back(self, grant: Grant, dataset: str, known: Record) -> Record:
+    def _at_rest(self, grant: Grant, seen: View, known: Record) -> tuple[View, Record]:
+        """The volume without what an older grant left of a way back, and sealed if it had a writer."""
         back = known.back
-        if back is None:
-            return known
-        if back.version or known.folding is not None:
-            raise ImgStorageError("diverged", f"what came back of {grant.volume} is not applied yet")
-        if back.generation == grant.generation:
-            raise ImgStorageError("conflict", f"what {grant.container} changed in {grant.volume} is coming back")
-        return self._returns.drop(grant.volume, dataset, known)
+        if back is not None:
+            if back.version or known.folding is not None:
+                raise ImgStorageError("diverged", f"what came back of {grant.volume} is not applied yet")
+            if back.generation == grant.generation:
+                raise ImgStorageError("conflict", f"what {grant.container} changed in {grant.volume} is coming back")
+            self._returns.drop(grant.volume, seen.name, known)
+        elif known.opened in ("", str(grant.generation)):
+            return seen, known
+        else:
+            self._seal(seen.name, known)
+        return self._current(grant)
 
     @staticmethod
     def _open(seen: View, known: Record, generation: Generation) -> None:
-        """Let a target write to a volume."""
+        """Let a target write to a volume, and see first that it never meets a full pool. Raises ``no_space``."""
+        if not seen.dataset.refreservation_bytes:
+            datasets.set_properties(seen.name, {"refreservation": "auto"})
         if not known.opened:
             stamps.save(seen.name, replace(known, opened=str(generation)))
-        if seen.dataset.readonly or not seen.dataset.refreservation_bytes:
-            datasets.set_properties(seen.name, {"refreservation": "auto", "readonly": "off"})
+        if seen.dataset.readonly:
+            datasets.set_properties(seen.name, {"readonly": "off"})
 
     @staticmethod
-    def _seal(dataset: str, known: Record) -> Record:
+    def _seal(dataset: str, known: Record) -> None:
         """A writer has left: what it wrote is the version's bytes."""
         short = layout.direct_snapshot(known.opened)
         seen = snapshots.seal(dataset, short)
-        known = stamps.save(dataset, replace(known, sealed=snapshots.sealed(seen, short), opened=""))
+        stamps.save(dataset, replace(known, sealed=snapshots.sealed(seen, short), opened=""))
         snapshots.prune(seen, short)
-        return known
 
     def _hydrate_permit(self, grant: Grant, dataset: str, known: Record) -> Transfer:
         assert known.sealed is not None  # noqa: S101  (a volume that was never sealed is not current)
@@ -367,4 +372,4 @@ class KernelNas:
     def _dataset_of(target: Target) -> str | None:
         """The zvol that a target offers; None for none, or one that is gone."""
         lun = target.lun(LUN)
-        return None if lun is None else blockdev.linked_zvols().get(lun.path)
+        return None if lun is None else blockdev.zvol_of(Path(lun.path))
