@@ -35,13 +35,14 @@ from imgstorage.planes.common.target import Targets
 from imgstorage.planes.common.versions import superseded
 from imgstorage.planes.kernel import contents, initiators, layout, snapshots, stamps, transfers, trash
 from imgstorage.planes.kernel.pools import Pools
-from imgstorage.planes.kernel.portals import Portals
+from imgstorage.planes.kernel.portals import Portals, dataset_of
 from imgstorage.planes.kernel.returns import Returns
 from imgstorage.planes.kernel.stamps import Record
 from imgstorage.planes.kernel.transfers import Permit, Transfers
 from imgstorage.planes.kernel.views import View
 from imgstorage.planes.kernel.volumes import Volumes
 from imgstorage.tools.run import which
+from imgstorage.tools.tgtadm import Target
 from imgstorage.tools.zfs import datasets
 
 PROGRAMS = ("zfs", "zpool", "tgtd", "tgtadm", "qemu-img", "sshd", "ssh-keygen", "blockdev", transfers.COMMAND)
@@ -168,16 +169,20 @@ class KernelNas:
         direct mode all of the volume's space is reserved."""
         seen, known = self._current(grant)
         iqn = names.target_name(grant.nas, grant.volume.name, grant.generation, grant.container)
-        gone = {target.name for target in superseded(grant, iqn, self._portals.of(seen.name))}
-        if gone:
+
+        def check(targets: Sequence[Target]) -> list[Target]:
+            return superseded(grant, iqn, [target for target in targets if dataset_of(target) == seen.name])
+
+        if known.back is not None or known.opened not in ("", str(grant.generation)):
+            gone = {target.name for target in check(self._targets.seen())}
             self._targets.remove(lambda target: target.name in gone)
-        seen, known = self._at_rest(grant, seen, known)
+            seen, known = self._at_rest(grant, seen, known)
         if grant.mode is Mode.DIRECT:
             self._open(seen, known, grant.generation)
         elif not seen.dataset.readonly:
             datasets.set_properties(seen.name, {"readonly": "on"})
         portal = self._portals.portal(grant, iqn, secret, writable=grant.mode is Mode.DIRECT)
-        self._portals.offer(grant, portal, seen.name)
+        self._portals.offer(grant, portal, seen.name, check)
         if portal.writable:
             return portal
         return replace(portal, transfer=self._hydrate_permit(grant, seen.name, known))
@@ -191,8 +196,6 @@ class KernelNas:
             if back.generation == grant.generation:
                 raise ImgStorageError("conflict", f"what {grant.container} changed in {grant.volume} is coming back")
             self._returns.drop(grant.volume, seen.name, known)
-        elif known.opened in ("", str(grant.generation)):
-            return seen, known
         else:
             self._seal(seen.name, known)
         return self._current(grant)

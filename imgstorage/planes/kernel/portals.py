@@ -5,7 +5,7 @@ A LUN's device is /dev/zdN, proven by the device itself. It is open as long as i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +44,15 @@ class Portals:
             writable=writable,
         )
 
-    def offer(self, grant: Grant, portal: Portal, dataset: str) -> None:
-        """Have that target exist, over a volume's zvol, for the grant's container only."""
+    def offer(
+        self,
+        grant: Grant,
+        portal: Portal,
+        dataset: str,
+        check: Callable[[Sequence[Target]], Sequence[Target]] = lambda _: [],
+    ) -> None:
+        """Have that target exist, over a volume's zvol, for the grant's container only; ``check`` as
+        :meth:`Targets.offer`."""
         offer = Offer(
             iqn=portal.iqn,
             path=Volumes.device(dataset, grant.volume.size_bytes).path,
@@ -55,7 +62,7 @@ class Portals:
             address=initiators.address(grant.container, self.address, self.know_by),
             readonly=not portal.writable,
         )
-        self.targets.offer(offer, portal.secret, lambda _: [])
+        self.targets.offer(offer, portal.secret, check)
 
     def of(self, dataset: str) -> list[Target]:
         """The targets over a zvol."""
