@@ -7,6 +7,7 @@ here happens to a machine that is thrown away. Names are fixed, guids, dates and
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from imgstorage.tools.dmsetup import tables
 from imgstorage.tools.run import Result, run, which
 from imgstorage.tools.zfs import datasets, properties, snapshots, streams
 from imgstorage.tools.zfs.properties import Kind
-from tests.recordings.record import Recorder, version
+from tests.recordings.record import HERE, Recorder, version
 
 MIB = 1 << 20
 VMS = "tank/vms"
@@ -30,6 +31,8 @@ COPY = "tank/copy"
 USER = "org.imgstorage:generation"
 BLOCK = 16384
 DEADLINE_S = 60.0
+RECORDING_S = 900.0
+SPARE_BYTES = 256 * MIB
 
 
 def make(volume: str, size_bytes: int = 16 * MIB, *, sparse: bool = True, user: dict[str, str] | None = None) -> Path:
@@ -136,6 +139,7 @@ def record_snapshots(record: Recorder) -> None:
     record("holds", snapshots.holds_argv(f"{VM}@one"))
     record("holds-none", snapshots.holds_argv(f"{VM}@two"))
     record("holds-missing", snapshots.holds_argv(f"{VM}@none"))
+    record("destroy-snapshot-held", snapshots.destroy_snapshot_argv(f"{VM}@one"))
     record("clone", datasets.clone_argv(f"{VM}@one", f"{VMS}/clone-1", {USER: "clone"}))
     datasets.clone(f"{VM}@one", f"{VMS}/clone-2", {})
     record("clone-exists", datasets.clone_argv(f"{VM}@one", f"{VMS}/clone-1", {}))
@@ -145,7 +149,6 @@ def record_snapshots(record: Recorder) -> None:
     record("list-snapshots-missing", snapshots.list_snapshots_argv(f"{VMS}/none"))
     record("get-written", properties.get_argv(VM, ("written@one",)))
     record("get-written-missing", properties.get_argv(VM, ("written@none",)))
-    record("destroy-snapshot-held", snapshots.destroy_snapshot_argv(f"{VM}@one"))
     record("release", snapshots.release_argv("img-1", f"{VM}@one"))
     record("release-missing", snapshots.release_argv("img-1", f"{VM}@one"))
     record("release-no-snapshot", snapshots.release_argv("img-1", f"{VM}@none"))
@@ -229,6 +232,15 @@ def record_streams(record: Recorder, work: Path) -> None:
     keep("receive-garbage", receive("tank/new"), garbage)
     run(["zfs", "create", "-o", f"quota={3 * MIB}", "tank/small"])
     keep("receive-no-space", receive("tank/small/copy"), full)
+    with open(work / "tiny", "wb") as out:
+        out.truncate(128 * MIB)
+    run(["zpool", "create", "tiny", str(work / "tiny")])
+    fill(make("tiny/thick", 16 * MIB, sparse=False), 0, 16 * MIB)
+    run(["zpool", "sync", "tiny"])
+    run(["zfs", "create", "-o", f"reservation={properties.dataset('tiny').available_bytes - MIB}", "tiny/ballast"])
+    keep("receive-pool-full", receive("tiny/copy"), full)
+    record("snapshot-no-space", snapshots.snapshot_argv("tiny/thick@one", {}))
+    run(["zpool", "destroy", "tiny"])
 
     keep("receive-cut", receive("tank/part", properties={USER: "receiver"}), half)
     record("get-partial", properties.get_argv("tank/part", (*properties.NATIVE, USER), depth=0))
@@ -254,9 +266,11 @@ def record_streams(record: Recorder, work: Path) -> None:
     record("token-renamed", streams.token_argv(token))
     snapshots.snapshot("tank/source@two")
     record("token-other-snapshot", streams.token_argv(token))
-    record("send-other-snapshot", streams.resume_argv(token))
     snapshots.destroy_snapshot("tank/source@two")
     snapshots.destroy_snapshot("tank/source@moved")
+    record("token-elsewhere", streams.token_argv(token))  # tank/copy@two has the same guid
+    record("send-elsewhere", streams.resume_argv(token))
+    datasets.destroy(COPY, recursive=True)
     record("token-stale", streams.token_argv(token))
     record("send-stale", streams.resume_argv(token))
     record("abort", streams.abort_argv("tank/part"))
@@ -354,7 +368,7 @@ def record_dmsetup(work: Path, into: Path) -> None:
     record_dm_snapshots(record, sectors, origin, cow, small)
 
 
-DISKS = (("origin", 16 * MIB), ("cow", 16 * MIB), ("small", MIB))
+DISKS = (("dm-origin", 16 * MIB), ("dm-cow", 16 * MIB), ("dm-small", MIB))
 
 
 def record_dm_basics(record: Recorder, sectors: int, origin: str) -> None:
@@ -379,6 +393,9 @@ def record_dm_basics(record: Recorder, sectors: int, origin: str) -> None:
     record("reload", dm.reload_argv("vm-1", error))
     record("reload-no-device", dm.reload_argv("vm-1", "0 32768 linear /dev/none 0"))
     record("reload-too-long", dm.reload_argv("vm-1", f"0 65536 linear {origin} 0"))
+    record("resume-too-long", dm.resume_argv("vm-1"))
+    record("info-resume-refused", dm.info_argv("vm-1"))
+    record("table-resume-refused", dm.table_argv("vm-1"))
     record("reload-again", dm.reload_argv("vm-1", error))
     record("info-both-tables", dm.info_argv("vm-1"))
     record("table-inactive", dm.table_argv("vm-1", inactive=True))
@@ -498,23 +515,28 @@ def record_zpool(record: Recorder, work: Path) -> None:
             out.truncate(128 * MIB)
     run(["zpool", "create", "pair", "mirror", str(work / "a"), str(work / "b")])
     run(["zpool", "offline", "pair", str(work / "b")])
+    datasets.create_filesystem("pair/written", {})
     record("status-degraded", zpool.status_argv("pair"))
     record("list-degraded", zpool.list_argv())
     run(["zpool", "online", "pair", str(work / "b")])
-    run(["zpool", "wait", "-t", "resilver", "pair"])
+    until = time.monotonic() + DEADLINE_S
+    while not zpool.status("pair").scan.startswith("resilvered") and time.monotonic() < until:
+        time.sleep(0.1)
     record("status-resilvered", zpool.status_argv("pair"))
     run(["zpool", "destroy", "pair"])
-    backing = make("tank/below", 128 * MIB)
-    sectors = 128 * MIB // 512
-    dm_device("weak", tables.Linear(str(backing)), sectors)
+    sectors = SPARE_BYTES // 512
+    dm_device("weak", tables.Linear("/dev/disk/by-id/virtio-spare"), sectors)
     run(["zpool", "create", "-f", "-o", "failmode=wait", "weak", "/dev/mapper/weak"])
     switch("weak", tables.Error(), sectors)
-    subprocess.Popen([which("zfs"), "create", "weak/x"], start_new_session=True)
+    argv = datasets.create_filesystem_argv("weak/x", {})
+    waiting = subprocess.Popen([which("zfs"), *argv[1:]], stderr=subprocess.PIPE, start_new_session=True)
     until = time.monotonic() + DEADLINE_S
     while zpool.pool("weak").health.serves and time.monotonic() < until:
         time.sleep(0.2)
     record("list-suspended", zpool.list_argv())
     record("status-suspended", zpool.status_argv("weak"))
+    _, stderr = waiting.communicate(timeout=DEADLINE_S)
+    record.keep("create-suspended", Result(tuple(argv), waiting.returncode, "", stderr.decode()))
 
 
 def in_guest(into: Path) -> None:
@@ -531,5 +553,26 @@ def in_guest(into: Path) -> None:
         record_zpool(record, folder)
 
 
+def main() -> None:
+    """Record everything in a guest of the lab."""
+    from tests.lab.lab import Lab
+    from tests.lab.machine import GIB, Machine
+
+    machine = Machine("nas-0-0", disks={"tank": 4 * GIB, "spare": SPARE_BYTES})
+    with tempfile.TemporaryDirectory(prefix="rec-") as folder, Lab(Path(folder), hosts=(machine,)) as lab:
+        guest = lab["nas-0-0"]
+        argv = ["python3", "-m", "tests.recordings.record_kernel", "/root/recordings"]
+        guest.run(argv, cwd="/opt/imgstorage", timeout_s=RECORDING_S)  # a minute where nothing else runs
+        guest.run(["tar", "-C", "/root/recordings", "-cf", "/root/recordings.tar", "."])
+        packed = Path(folder) / "recordings.tar"
+        packed.write_bytes(guest.get("/root/recordings.tar"))
+        for name in guest.run(["ls", "/root/recordings"]).stdout.split():
+            shutil.rmtree(HERE / name, ignore_errors=True)
+        run(["tar", "-C", str(HERE), "--no-same-owner", "-xf", str(packed)])
+
+
 if __name__ == "__main__":
-    in_guest(Path(sys.argv[1]))
+    if len(sys.argv) > 1:
+        in_guest(Path(sys.argv[1]))
+    else:
+        main()

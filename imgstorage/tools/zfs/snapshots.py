@@ -124,7 +124,7 @@ def snapshot(name: str, properties: Mapping[str, str] | None = None) -> None:
 
 
 def destroy_snapshot(name: str) -> None:
-    """Destroy a snapshot. Raises MISSING, BUSY (it is held, or being sent), CLONES."""
+    """Destroy a snapshot. Raises MISSING, HELD, CLONES."""
     zfs(destroy_snapshot_argv(name))
 
 
