@@ -144,5 +144,5 @@ def release(tag: str, name: str) -> None:
 
 
 def holds(name: str) -> list[str]:
-    """The tags of a snapshot's holds. Raises MISSING, ``tool_output``."""
+    """The tags of a snapshot's holds, in no order. Raises MISSING, ``tool_output``."""
     return parse_holds(zfs(holds_argv(name)), name)
