@@ -6,7 +6,10 @@ import os
 
 from tests.contract.nas_fixtures import import_dir, lab, nas_plane
 
-# Each of these is about one plane's own mechanism.
-collect_ignore = ["test_nas_files.py" if os.environ.get("IMGSTORAGE_PLANE") == "kernel" else "test_nas_zvols.py"]
+__all__ = ["import_dir", "lab", "nas_plane"]
 
-__all__ = ["collect_ignore", "import_dir", "lab", "nas_plane"]
+PLANES = ("userspace", "kernel")
+collect_ignore_glob = [
+    f"test_{plane}_*.py" for plane in PLANES if plane != os.environ.get("IMGSTORAGE_TEST_PLANE", "userspace")
+]
+"""What is one plane's own is tested with that plane only."""
