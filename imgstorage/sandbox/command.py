@@ -21,10 +21,9 @@ from imgstorage.config import load_client, load_container, load_frontend, load_n
 from imgstorage.core.errors import EXIT_FAILED, EXIT_OK, ImgStorageError
 from imgstorage.core.messages import HostList, ListHosts
 from imgstorage.core.names import TRUTH
+from imgstorage.core.ports import ContainerPlane, NasPlane
 from imgstorage.core.text import shown
 from imgstorage.daemons import container, nas
-from imgstorage.planes.userspace.container import UserspaceContainer
-from imgstorage.planes.userspace.nas import UserspaceNas
 from imgstorage.sandbox import remains, supervisor
 from imgstorage.sandbox.broker import Broker
 from imgstorage.sandbox.layout import (
@@ -143,7 +142,7 @@ def _check(layout: Layout, host: Host) -> None:
             raise ImgStorageError(error.code, text, host=host.name, hint=hint) from None
 
 
-def _plane(host: Host, config: Path) -> UserspaceNas | UserspaceContainer:
+def _plane(host: Host, config: Path) -> NasPlane | ContainerPlane:
     """The data plane of a host. Raises ``bad_config``."""
     return nas.plane(load_nas(config)) if host.role == "nas" else container.plane(load_container(config))
 
