@@ -1,1 +1,1 @@
-"""The kernel data plane: zvols, iSCSI targets and sessions, device-mapper. See docs/design/kernel-plane.md."""
+"""The kernel data plane: zvols, iSCSI, device-mapper, and copies by ``zfs send`` and ``zfs receive``."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.names import SECTOR_BYTES, format_size
-from imgstorage.planes.kernel import zvols
+from imgstorage.planes.kernel import layout, zvols
 from imgstorage.planes.kernel.record import CopyRecord
 from imgstorage.planes.kernel.zvols import Role
 from imgstorage.tools.blockdev import Zvol
@@ -60,14 +60,13 @@ def create(record: CopyRecord) -> Zvol:
             record.cow_bytes,
             volblocksize_bytes=CHUNK_BYTES,
             sparse=False,
-            properties={**zvols.PROPERTIES, zvols.STAMP: zvols.text(stamp)},
+            properties={**layout.VOLUME_PROPERTIES, layout.STAMP: zvols.text(stamp)},
         )
     except ZfsError as error:
         if error.reason is Reason.NO_SPACE:
             raise ImgStorageError(
                 "no_space",
-                f"pool {record.pool} has no room for the COW device of {record.name} "
-                f"({format_size(record.cow_bytes)})",
+                f"pool {record.pool} has no room for the COW device of {record.name} ({format_size(record.cow_bytes)})",
             ) from None
         raise
     device = zvols.device(name, record.cow_bytes)
@@ -117,5 +116,3 @@ def destroy(record: CopyRecord) -> None:
 def exists(record: CopyRecord) -> bool:
     """Whether it is there."""
     return record.pool is not None and zvols.own(zvols.cow_name(record), record, Role.COW) is not None
-
-

@@ -15,7 +15,7 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation
 from imgstorage.core.names import SECTOR_BYTES, VolumeUuid
 from imgstorage.tools.dmsetup import devices as dm
-from imgstorage.tools.dmsetup.devices import Info
+from imgstorage.tools.dmsetup.commands import MAX_NAME, Info
 from imgstorage.tools.dmsetup.tables import Error, State, Status, Target, one
 from imgstorage.tools.run import run
 
@@ -121,6 +121,16 @@ def switch(name: str, size_bytes: int, target: Target) -> None:
     dm.resume(name)
 
 
+def restart(name: str, size_bytes: int) -> None:
+    """Load the table anew that is live: a merge that failed begins again."""
+    live = find(name)
+    if live is not None and live.target is not None:
+        if not live.info.suspended:
+            dm.suspend(name)
+        dm.reload(name, one(sectors(size_bytes), live.target))
+        dm.resume(name)
+
+
 def suspend(name: str) -> None:
     """Hold I/O back until :func:`resume`."""
     dm.suspend(name)
@@ -181,7 +191,7 @@ def cut(name: str, uuid: str, size_bytes: int) -> None:
     except ImgStorageError as error:
         if error.code == "not_found":
             return
-        dm.rename(name, f"{name[: dm.MAX_NAME - 16]}{CUT}{live.info.minor}")
+        dm.rename(name, f"{name[: MAX_NAME - 16]}{CUT}{live.info.minor}")
 
 
 def all_ours() -> list[Info]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,11 +12,13 @@ from imgstorage.core.mapping import Mode
 from imgstorage.core.names import VolumeUuid
 from imgstorage.core.ports import CopyState, Portal, Progress
 from imgstorage.planes.common import files
-from imgstorage.planes.kernel import device, record, zvols
+from imgstorage.planes.kernel import device, layout, record, zvols
 from imgstorage.planes.kernel.container_settings import ContainerSettings
 from imgstorage.planes.kernel.record import CopyPhase, CopyRecord
 from imgstorage.tools.blockdev import Zvol
 from imgstorage.tools.pipeline import Pipeline
+
+RETRY_S = 2.0
 
 
 @dataclass
@@ -29,10 +32,20 @@ class Copying:
     attempt: int = 0
     wanted: bool = False
 
+    tried_at: float = 0.0
+
     @property
     def running(self) -> bool:
         """Whether its thread is at work."""
         return self.thread is not None and self.thread.is_alive()
+
+    def due(self) -> bool:
+        """Whether a copy that stopped may be tried again: not more often than every RETRY_S."""
+        now = time.monotonic()
+        if now - self.tried_at < RETRY_S:
+            return False
+        self.tried_at = now
+        return True
 
 
 class Holding:
@@ -97,7 +110,7 @@ class Holding:
 
     def local_device(self) -> Zvol:
         """Its block device."""
-        return zvols.device(self.local, self.known.size_bytes)
+        return zvols.device(self.local, layout.zvol_bytes(self.known.size_bytes))
 
     # -- record ---------------------------------------------------------------------------------------------
 

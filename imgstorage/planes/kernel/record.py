@@ -67,7 +67,7 @@ class CopyRecord:
     ``snapshot`` (short name) and ``snapshot_guid`` are what the local copy and the NAS have in common, of the bytes of
     ``version``; "" and 0 if there is no local copy. ``receiving_guid`` is that of the snapshot which is being copied.
     ``cow_bytes`` is the COW device's size. ``final`` and ``digest`` (short name and guid) are the snapshot that goes
-    back; ``attempt`` the last way back that was sent whole (0 = none). ``wire_bytes`` is what the last whole copy moved.
+    back; ``attempt`` the last way back that was sent whole (0 = none). ``wire_bytes``: what the last whole copy moved.
     """
 
     phase: CopyPhase

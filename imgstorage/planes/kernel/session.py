@@ -7,6 +7,7 @@ the whole snapshot invalid.
 from __future__ import annotations
 
 from imgstorage.core.ports import Portal
+from imgstorage.planes.kernel import layout
 from imgstorage.planes.kernel.container_settings import ContainerSettings
 from imgstorage.tools.iscsi_record import FOR_EVER, Node, Settings
 from imgstorage.tools.iscsi_sysfs import Disk
@@ -20,7 +21,9 @@ def node(portal: Portal) -> Node:
 
 
 def login(settings: ContainerSettings, portal: Portal, size_bytes: int) -> Disk:
-    """See that a session is there, and return its disk. A session that is there is kept, up or not.
+    """See that a session is there, and return the disk of a volume of ``size_bytes``.
+
+    A session that is there is kept, up or not.
 
     Raises ``unreachable``, ``not_found``, ``not_allowed``, ``conflict`` (another disk), ``timeout``.
     """
@@ -32,7 +35,7 @@ def login(settings: ContainerSettings, portal: Portal, size_bytes: int) -> Disk:
         settings.initiator.write_record(target, secrets)
         settings.initiator.login(target)
     disk = settings.sysfs.wait_disk(
-        portal.iqn, portal.lun, serial=portal.serial, size_bytes=size_bytes, timeout_s=DISK_S
+        portal.iqn, portal.lun, serial=portal.serial, size_bytes=layout.zvol_bytes(size_bytes), timeout_s=DISK_S
     )
     settings.sysfs.never_give_up(disk)
     return disk

@@ -16,6 +16,8 @@ import msgspec
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation
 from imgstorage.core.names import PoolName, VolumeName, VolumeUuid
+from imgstorage.planes.kernel import layout
+from imgstorage.planes.kernel.layout import STAMP
 from imgstorage.planes.kernel.record import CopyRecord
 from imgstorage.tools import blockdev
 from imgstorage.tools.zfs import datasets, properties, snapshots
@@ -23,10 +25,6 @@ from imgstorage.tools.zfs.errors import Reason, ZfsError
 from imgstorage.tools.zfs.properties import Dataset, Kind
 from imgstorage.tools.zfs.snapshots import Snapshot
 
-STAMP = "imgstorage:stamp"
-PREFIX = "imgstorage-"
-"""With it begin the names of all snapshots of this project."""
-PROPERTIES = {"volmode": "dev", "snapdev": "hidden"}
 DEVICE_S = 30.0
 
 
@@ -172,7 +170,7 @@ def device(name: str, size_bytes: int) -> blockdev.Zvol:
 def ours(name: str) -> list[Snapshot]:
     """The project's snapshots of a dataset, oldest first; none if it is not there."""
     try:
-        return [one for one in snapshots.snapshots(name) if one.short.startswith(PREFIX)]
+        return [one for one in snapshots.snapshots(name) if layout.is_ours(one.short)]
     except ZfsError as error:
         if error.reason is Reason.MISSING:
             return []

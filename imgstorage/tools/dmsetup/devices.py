@@ -79,6 +79,11 @@ def remove(device: str) -> None:
     _run(commands.remove_argv(device))
 
 
+def rename(device: str, new: str) -> None:
+    """Give a device another name, also while it is open. Raises ``not_found``, ``exists``."""
+    _run(commands.rename_argv(device, new))
+
+
 def message(device: str, text: str) -> None:
     """Tell a device's target something. Raises ``not_found``, ``tool_failed``."""
     _run(commands.message_argv(device, text))
