@@ -203,7 +203,8 @@ def failed(result: Result, node: Node | None = None) -> ImgStorageError:
     """Why a command failed, by its status."""
     code, why = REASONS.get(result.exit_status, ("tool_failed", f"status {result.exit_status}"))
     of = f" of {node.iqn} at {node.portal}" if node else ""
-    said = result.last_line.removeprefix("iscsiadm: ")
+    lines = result.stderr.splitlines()
+    said = next((line for line in lines if "reported error" in line), result.last_line).removeprefix("iscsiadm: ")
     return ImgStorageError(code, f"'iscsiadm {result.argv[-1]}'{of} failed: {why} ({said})")
 
 
