@@ -9,8 +9,9 @@ read counts as not there.
 A disk is taken by its serial and size, never by its name: sdX goes to whoever comes next. The serial is VPD page
 0x80 (SPC-4, 7.8.15): type, 0x80, two bytes of length, text.
 
-A command that is on its way when a session is lost is tried again five times at most, then fails, whatever
-recovery_tmo says (``scsi_disk/*/max_retries``, -1: without end): :meth:`Sysfs.never_give_up`.
+A command that is on its way when a session is lost is tried again five times at most, then fails, although
+recovery_tmo is off: a read whose session broke six times returned an I/O error. With ``scsi_disk/*/max_retries`` -1 it
+is tried without end: :meth:`Sysfs.never_give_up`.
 """
 
 from __future__ import annotations

@@ -88,12 +88,7 @@ def start_iscsid(host: Guest) -> None:
     host.run(["modprobe", "iscsi_tcp"])
     host.spawn(iscsiadm.iscsid_argv(), log="/tmp/iscsid.log")
     host.wait_for(
-        [
-            "python3",
-            "-c",
-            "import socket; socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).connect"
-            "('\\0ISCSIADM_ABSTRACT_NAMESPACE')",
-        ]
+        ["python3", "-c", "from imgstorage.tools.iscsiadm import Initiator; assert Initiator().daemon_runs()"]
     )
 
 

@@ -19,7 +19,7 @@ from imgstorage.tools import iscsi_record, iscsi_sysfs, iscsiadm
 from imgstorage.tools.iscsi_record import Node, Settings
 from imgstorage.tools.iscsi_sysfs import Sysfs
 from imgstorage.tools.iscsiadm import Initiator
-from imgstorage.tools.run import environment
+from imgstorage.tools.run import environment, run
 from tests.recordings.iscsi import IQN, PORT, SECRET, SERIAL, Tree
 from tests.recordings.record import HERE, folders, load
 
@@ -151,6 +151,23 @@ def test_the_name_of_the_initiator() -> None:
         with pytest.raises(ImgStorageError) as caught:
             iscsiadm.parse_initiator_name(bad)
         assert caught.value.code == "bad_config"
+
+
+LISTEN = """
+import socket
+from imgstorage.tools.iscsiadm import DAEMON_SOCKET, Initiator
+print(Initiator().daemon_runs())
+with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
+    line.bind(DAEMON_SOCKET)
+    line.listen()
+    print(Initiator().daemon_runs())
+"""
+
+
+def test_whether_the_daemon_runs() -> None:
+    # Abstract sockets belong to a network namespace: in a new one, no daemon of this machine is seen.
+    argv = ["unshare", "--map-root-user", "--net", sys.executable, "-c", LISTEN]
+    assert run(argv).stdout.split() == ["False", "True"]
 
 
 # -- records ------------------------------------------------------------------------------------------------
