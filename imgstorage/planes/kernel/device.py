@@ -118,7 +118,11 @@ def switch(name: str, size_bytes: int, target: Target) -> None:
                 dm.clear(name)
             dm.resume(name)
         raise
-    dm.resume(name)
+    try:
+        dm.resume(name)
+    except ImgStorageError:
+        dm.resume(name)  # what is wrong with a table may be found only now: the old one goes on then
+        raise
 
 
 def restart(name: str, size_bytes: int) -> None:
