@@ -198,6 +198,26 @@ class World:
         self.container.release(self.uuid, self.generation, version)
         return version
 
+    def pull(self, port: ReturnPort | None = None) -> str:
+        """What was written so far comes back while the device stays; returns the new version."""
+        sent = self.send(port or self.port(ReturnKind.PULL))
+        assert sent.state is CopyState.DONE, sent
+        return self.pulled(sent.digest)
+
+    def pulled(self, digest: str) -> str:
+        """The NAS takes what was sent, and says so."""
+        version = self.taken(digest)
+        self.container.release(self.uuid, self.generation, version)
+        return version
+
+    def taken(self, digest: str) -> str:
+        """The NAS verifies and applies what was sent, and the container does not hear of it."""
+        version = self.nas.verify_return(self.grant, self.attempt, digest)
+        self.nas.apply_return(self.grant, version)
+        volume = replace(self.grant.volume, version=version, parent_version=self.grant.volume.version)
+        self.grant = replace(self.grant, volume=volume)
+        return version
+
     def next_grant(self, version: str, written: str = "") -> None:
         """The volume, which is this version now, granted again; as ``written`` after a writable grant in between."""
         if written:
@@ -253,6 +273,10 @@ class World:
         run(["qemu-img", "convert", "-U", "-f", "raw", "-O", "raw", self.device().path, str(target)])
         self.assert_bytes(target)
         target.unlink()
+
+    def snapshot(self) -> World:
+        """What the NAS must have if it is pulled now, and nobody writes meanwhile."""
+        return replace(self, model=bytearray(self.model), unsure=dict(self.unsure), guests=[])
 
     def assert_nas(self) -> None:
         target = self.import_dir / f"nas-{uuid.uuid4().hex}.raw"
@@ -360,7 +384,7 @@ class Breaker:
     def restart(self) -> UserspaceContainer:
         """A new plane over the same state, as after the daemon was killed: the old one is not stopped."""
         for holding in self.plane._holdings.values():
-            for copying in (holding.hydrating, holding.returning):
+            for copying in (holding.hydrating, holding.returning, holding.folding):
                 copying.cancel.set()
                 if copying.thread:
                     copying.thread.join(DEADLINE_S)  # a killed daemon's threads would be gone
@@ -401,6 +425,12 @@ def pace() -> int:
 
 
 @pytest.fixture
+def return_pace() -> int:
+    """Bytes a second at which changes come back (0 = no limit); a test may set another."""
+    return 0
+
+
+@pytest.fixture
 def pool_bytes() -> int:
     """The size of the container's pool (0 = the disk's); a test may set another."""
     return 0
@@ -426,7 +456,7 @@ def pool(tmp_path: Path, pool_bytes: int) -> Iterator[Path]:
 
 @pytest.fixture(params=["on", "off"], ids=["file", "nbd"])
 def breaker(
-    request: pytest.FixtureRequest, tmp_path: Path, pool: Path, pool_bytes: int, pace: int
+    request: pytest.FixtureRequest, tmp_path: Path, pool: Path, pool_bytes: int, pace: int, return_pace: int
 ) -> Iterator[Breaker]:
     run_dir = Path(tempfile.mkdtemp(prefix="ic-"))  # short: sockets are made in it
     if request.param == "on" and not front.available(run_dir):
@@ -439,6 +469,7 @@ def breaker(
         pools={TANK: pool},
         fuse=request.param,
         copy_speed_bytes_s=pace,
+        return_speed_bytes_s=return_pace,
         watermark_bytes=pool_bytes // 4 or 64 << 20,
     )
     breaker = Breaker(UserspaceContainer(settings), settings)

@@ -23,6 +23,7 @@ from imgstorage.core.ports import ExportSeen, Grant, ImageInfo, Pool, Portal, Re
 from imgstorage.planes.common import names
 from imgstorage.planes.common.target import LUN, Offer, Targets
 from imgstorage.planes.userspace import images, returns, sidecar
+from imgstorage.planes.userspace.digest import next_version
 from imgstorage.planes.userspace.returns import Delta
 from imgstorage.planes.userspace.sidecar import Sidecar
 from imgstorage.planes.userspace.volumes import Volumes, older
@@ -231,7 +232,7 @@ class UserspaceNas:
         if delta is None:
             known = sidecar.load(path)
             if known is not None:
-                version = returns.next_version(known.stamp.volume.parent_version, grant.generation, attempt, digest)
+                version = next_version(known.stamp.volume.parent_version, grant.generation, attempt, digest)
                 if known.stamp.volume.version == version:
                     return version  # applied already
             raise ImgStorageError("verify_failed", f"nothing of attempt {attempt} is here")

@@ -17,7 +17,6 @@ Rules
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -31,7 +30,7 @@ from imgstorage.core.names import MIB
 from imgstorage.core.ports import Grant, ReturnKind
 from imgstorage.planes.common import files
 from imgstorage.planes.userspace import sidecar
-from imgstorage.planes.userspace.digest import layer_digest
+from imgstorage.planes.userspace.digest import layer_digest, next_version
 from imgstorage.planes.userspace.images import refuse_missing_data
 from imgstorage.planes.userspace.sidecar import Sidecar
 from imgstorage.planes.userspace.volumes import Volumes, need_space, set_size
@@ -88,11 +87,6 @@ def scratch_bytes(size_bytes: int) -> int:
 def margin_bytes(size_bytes: int) -> int:
     """The free space that must be there before a way back of a disk of ``size_bytes``."""
     return min(MARGIN_MAX_BYTES, max(MARGIN_MIN_BYTES, size_bytes // MARGIN_SHARE))
-
-
-def next_version(base_version: str, generation: Generation, attempt: int, digest: str) -> str:
-    """The version of a volume's bytes after what came back was applied."""
-    return hashlib.sha256(f"{base_version} {generation} {attempt} {digest}".encode()).hexdigest()[:16]
 
 
 def delta_path(volume_file: Path, generation: Generation, attempt: int) -> Path:
