@@ -1,7 +1,8 @@
 """Names and sizes of ZFS objects on both sides. Pure.
 
-* Everything of ours below a pool is in the datasets ``imgstorage-new`` (in the making) and ``imgstorage-trash``; every
-  snapshot and bookmark of ours begins with ``imgstorage-``, and has a hold of the tag ``imgstorage`` while it is needed.
+* Beside volumes, what is ours in a pool is in the datasets ``imgstorage-new`` (in the making) and
+  ``imgstorage-trash``; every snapshot and bookmark of ours begins with ``imgstorage-``, and a snapshot has a hold of
+  the tag ``imgstorage`` while it is needed.
 * A zvol has whole blocks: one of a volume that has not (its size is a multiple of 512 bytes) is rounded up. The LUN
   has the zvol's size, the device on a container and a dumped image the volume's own; what is behind its end is never
   written.
@@ -66,3 +67,13 @@ def final_snapshot(generation: Generation) -> str:
 def pull_snapshot(generation: Generation, attempt: int) -> str:
     """The short name of the snapshot that a container sends while the volume is used."""
     return f"{PREFIX}{generation}.p{attempt}"
+
+
+def fold_snapshot(generation: Generation) -> str:
+    """The short name of the snapshot that a NAS makes of a volume into which an overlay was folded."""
+    return f"{PREFIX}{generation}.fold"
+
+
+def direct_snapshot(generation: str) -> str:
+    """The short name of the snapshot that a NAS makes of a volume when a writer of that generation has left."""
+    return f"{PREFIX}{generation}.direct"

@@ -1,156 +1,170 @@
-"""A connection to the NAS's ssh server for one transfer: the two lines of talk, then a pipe that ZFS reads or writes.
+"""``img-storage-transfer --state DIR ID``: the NAS's end of one transfer, run by its ssh server as a forced command.
 
-The private key and the server's key are files while ssh runs. All that is started dies with this process.
+It looks up what the transfer may do, talks (talk.py), compares what the other end claims with its own datasets, and
+becomes ``zfs send`` or ``zfs receive``: the same process, which keeps the transfer's lock until it ends. It takes
+nothing from the other end but those lines: the remote command is the transfer's id or nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
+import argparse
+import fcntl
 import os
-from collections.abc import Iterator, Sequence
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from imgstorage.core.errors import ImgStorageError
-from imgstorage.core.names import HostName
-from imgstorage.core.ports import Transfer
-from imgstorage.planes.kernel import talk
-from imgstorage.planes.kernel.holding import Copying
-from imgstorage.tools import ssh
-from imgstorage.tools.pipeline import Outcome, Pipeline, read_header
-from imgstorage.tools.zfs import errors
+from imgstorage.planes.kernel import talk, transfers
+from imgstorage.planes.kernel.layout import is_ours
+from imgstorage.planes.kernel.pools import sync
+from imgstorage.planes.kernel.talk import Go, Have, Hello, Offer, Request, Verb
+from imgstorage.planes.kernel.transfers import Permit
+from imgstorage.planes.kernel.views import View, view
+from imgstorage.tools.pipeline import read_header
+from imgstorage.tools.run import environment, which
+from imgstorage.tools.zfs import bookmarks, streams
 
-END_S = 120.0
-"""How long the NAS may take to finish what it received, after the last byte was sent."""
+LOCK_TIMEOUT_S = 40.0
+"""The one before may have lost its client: the server gives a silent one up after 30 s."""
 
 
-@contextlib.contextmanager
-def connect(run_dir: Path, nas: HostName, transfer: Transfer, copying: Copying) -> Iterator[Link]:
-    """Connect and read what the NAS says first. Raises ``unreachable``, ``not_allowed``, ``conflict``, ``failed``."""
-    folder = run_dir / "transfers"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    key, known_hosts = folder / f"{transfer.identity}.key", folder / f"{transfer.identity}.known"
-    peer = ssh.Peer(str(nas), transfer.address, transfer.port, transfer.user)
-    for path, text in ((key, transfer.key), (known_hosts, ssh.known_hosts_line(peer.name, transfer.host_key))):
-        path.unlink(missing_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
-            out.write(text.rstrip("\n") + "\n")
-    link = Link(peer, ssh.client_argv(peer, transfer.identity, key=key, known_hosts=known_hosts), copying)
+def hold(path: Path) -> None:
+    """Lock a transfer for this process and whatever it becomes. Raises ``busy``, ``not_allowed`` (it is gone)."""
     try:
-        link.listen()
-        yield link
-    finally:
-        link.close()
-        key.unlink(missing_ok=True)
-        known_hosts.unlink(missing_ok=True)
-
-
-class Link:
-    """One connection. Each of the two ends is closed, or handed on, once."""
-
-    def __init__(self, peer: ssh.Peer, argv: Sequence[str], copying: Copying) -> None:
-        self._peer = peer
-        self._copying = copying
-        there, self._up = os.pipe()
-        self._down, here = os.pipe()
-        self._open = {self._up, self._down}
+        fd = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        raise ImgStorageError("not_allowed", "there is no such transfer") from None
+    until = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
         try:
-            self._ssh = Pipeline([argv], stdin=there, stdout=here)
-        except BaseException:
-            self.close_ends()
-            raise
-        finally:
-            os.close(there)
-            os.close(here)
-        self._watch(self._ssh)
-
-    def _watch(self, pipeline: Pipeline) -> Pipeline:
-        """Have a pipeline ended when the copy is cancelled."""
-        self._copying.pipelines.append(pipeline)
-        if self._copying.cancel.is_set():
-            pipeline.kill()
-        return pipeline
-
-    def listen(self) -> None:
-        """Read what the NAS says first."""
-        try:
-            self.hello = talk.decode(self._line(), talk.Hello)
-        except ImgStorageError as error:
-            raise self.trouble() or error from None
-
-    def _line(self) -> bytes:
-        return read_header(self._down, max_bytes=talk.MAX_LINE, timeout_s=talk.TIMEOUT_S)
-
-    def ask(self, request: talk.Request) -> talk.Go:
-        """Say what is wanted; returns what the NAS says to it. Raises why it will not."""
-        try:
-            os.write(self._up, talk.encode(request))
-            go = talk.decode(self._line(), talk.Go)
-        except (OSError, ImgStorageError) as error:
-            raise self.trouble() or ImgStorageError("failed", f"the NAS hung up: {error}") from None
-        return talk.check(go)
-
-    def receive(self, argv: Sequence[str], limit_bytes_s: int) -> Pipeline:
-        """Hand what comes to a command."""
-        try:
-            pipeline = Pipeline([argv], stdin=self._down, meter_after=-1, limit_bytes_s=limit_bytes_s)
-        finally:
-            self._end(self._down)
-            self._end(self._up)
-        return self._watch(pipeline)
-
-    def send(self, argv: Sequence[str], limit_bytes_s: int) -> Pipeline:
-        """Have a command's output sent."""
-        try:
-            pipeline = Pipeline([argv], stdout=self._up, meter_after=0, limit_bytes_s=limit_bytes_s)
-        finally:
-            self._end(self._up)
-        return self._watch(pipeline)
-
-    def finish(self) -> None:
-        """Nothing more is sent; wait until the NAS is done. Raises what it says of a failure."""
-        self._end(self._up)
-        outcome = self._ssh.wait(END_S)
-        if not outcome.ok:
-            raise self.trouble() or ImgStorageError("failed", f"the NAS ended the transfer: {said(outcome)}")
-
-    def trouble(self) -> ImgStorageError | None:
-        """Why ssh ended, if it did by itself; waits a moment for it."""
-        with contextlib.suppress(ImgStorageError):
-            outcome = self._ssh.wait(2.0)
-            last = outcome.members[-1]
-            own = ssh.failure(last.exit_status, last.stderr, self._peer)
-            if own is not None:
-                return own
-            if last.exit_status:
-                return ImgStorageError("failed", f"the NAS ended the transfer: {last.last_line}")
-        return None
-
-    def _end(self, fd: int) -> None:
-        if fd in self._open:
-            self._open.discard(fd)
-            os.close(fd)
-
-    def close_ends(self) -> None:
-        """Close what is open here."""
-        for fd in tuple(self._open):
-            self._end(fd)
-
-    def close(self) -> None:
-        """End everything."""
-        self.close_ends()
-        for pipeline in self._copying.pipelines:
-            pipeline.kill()
-        self._copying.pipelines.clear()
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise ImgStorageError("busy", "another connection uses this transfer") from None
+            time.sleep(0.05)
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, str(os.getpid()).encode(), 0)
+    os.set_inheritable(fd, True)
 
 
-def said(outcome: Outcome) -> str:
-    """What the members that failed left."""
-    return "; ".join(member.last_line for member in outcome.members if member.exit_status)
+def hello(permit: Permit) -> Hello:
+    """What the NAS says first, by what is there. Raises ``diverged``."""
+    seen = _present(permit)
+    mine = [Have(one.short, one.guid) for one in reversed(seen.ours)]
+    if permit.attempt:
+        return Hello(have=tuple(mine[:1]), receive_token=seen.dataset.resume_token, attempt=permit.attempt)
+    if Have(permit.snapshot, permit.guid) not in mine:
+        raise ImgStorageError("diverged", f"the snapshot {permit.snapshot} of {permit.dataset} is gone")
+    marks = [Have(one.short, one.guid) for one in reversed(bookmarks.bookmarks(permit.dataset)) if is_ours(one.short)]
+    guids = {one.guid for one in mine}
+    have = (*mine, *(one for one in marks if one.guid not in guids))
+    size = streams.estimate(f"{permit.dataset}@{permit.snapshot}").size_bytes
+    return Hello(send=Offer(permit.snapshot, permit.guid, size), have=have[: talk.MAX_HAVE])
 
 
-def check_zfs(outcome: Outcome, position: int) -> None:
-    """Raise why zfs, at that place of a pipeline, refused; ``tool_failed`` if another member failed."""
-    member = outcome.members[position]
-    if member.exit_status > 0:
-        raise errors.ZfsError(errors.reason(member.stderr), f"'zfs {member.argv[-1]}': {errors.words(member.stderr)}")
-    outcome.check()
+def _present(permit: Permit) -> View:
+    seen = view(permit.dataset)
+    if seen is None:
+        raise ImgStorageError("not_found", f"{permit.dataset} is not there")
+    return seen
+
+
+def _sending(permit: Permit, request: Request) -> tuple[Go, list[str]]:
+    name = f"{permit.dataset}@{permit.snapshot}"
+    if request.token:
+        token = streams.token(request.token)
+        if (token.rest.target, token.to_guid) != (name, permit.guid):
+            raise ImgStorageError("not_allowed", f"that token is not of {permit.snapshot}")
+        return Go(size_bytes=token.rest.size_bytes), streams.resume_argv(request.token)
+    base = ""
+    if request.base_guid:
+        there = [one.name for one in _present(permit).ours if one.guid == request.base_guid]
+        there += [one.name for one in bookmarks.bookmarks(permit.dataset) if one.guid == request.base_guid]
+        if not there:
+            raise ImgStorageError("not_found", f"there is no base {request.base_guid} here")
+        base = there[0]
+    return Go(size_bytes=streams.estimate(name, base=base).size_bytes), streams.send_argv(name, base=base)
+
+
+def _receiving(permit: Permit, request: Request) -> tuple[Go, list[str]]:
+    if request.name != permit.snapshot:
+        raise ImgStorageError("not_allowed", f"this transfer takes {permit.snapshot}, not {request.name[:100]}")
+    sync(permit.dataset)
+    seen = _present(permit)
+    there = seen.dataset.resume_token
+    if request.token and request.token != there:
+        raise ImgStorageError("conflict", "that token is not the one that is here")
+    newest = seen.ours[-1:]
+    if not request.token and request.base_guid not in [one.guid for one in newest]:
+        raise ImgStorageError("diverged", f"the newest snapshot here is not {request.base_guid}")
+    if not all(seen.unchanged_since(one.short) for one in newest):
+        raise ImgStorageError("diverged", f"{permit.dataset} was written to while nobody was allowed to")
+    if there and not request.token:
+        streams.abort(permit.dataset)
+    return Go(), streams.receive_argv(f"{permit.dataset}@{permit.snapshot}")
+
+
+def answer(permit: Permit, request: Request) -> tuple[Go, list[str]]:
+    """What the NAS says to a request, and what it becomes then. Raises what it refuses with."""
+    if request.verb is Verb.NOTHING:
+        return Go(), []
+    if (request.verb is Verb.SEND) != (permit.attempt == 0):
+        raise ImgStorageError("not_allowed", f"this transfer is not there to {request.verb.value}")
+    return _sending(permit, request) if request.verb is Verb.SEND else _receiving(permit, request)
+
+
+def _say(line: Hello | Go) -> None:
+    data = talk.encode(line)
+    while data:
+        data = data[os.write(1, data) :]
+
+
+def _end(status: int, error: ImgStorageError) -> NoReturn:
+    print(f"{transfers.COMMAND}: {error.code}: {error.message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def serve(state_dir: Path, name: str) -> list[str]:
+    """Talk; returns what to become, [] if nothing is left to do. Ends the process with a status of talk.py."""
+    asked = os.environ.get("SSH_ORIGINAL_COMMAND", "")
+    try:
+        if asked not in ("", name):
+            raise ImgStorageError("not_allowed", f"this key is not of the transfer {asked[:100]}")
+        transfers.load(state_dir, name)
+        hold(transfers.lock_path(state_dir, name))
+        permit = transfers.load(state_dir, name)  # it may have been taken away while we waited
+    except ImgStorageError as error:
+        _end(talk.NOT_GRANTED, error)
+    try:
+        _say(hello(permit))
+        line = read_header(0, max_bytes=talk.MAX_LINE, timeout_s=talk.TIMEOUT_S)
+        request = talk.decode(line, Request)
+    except (ImgStorageError, OSError) as error:
+        _end(talk.NO_TALK, error if isinstance(error, ImgStorageError) else ImgStorageError("failed", str(error)))
+    try:
+        go, argv = answer(permit, request)
+    except ImgStorageError as error:
+        _say(talk.refusal(error))
+        _end(talk.REFUSED, error)
+    _say(go)
+    return argv
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command ``img-storage-transfer``."""
+    parser = argparse.ArgumentParser(prog=transfers.COMMAND, description="One end of a copy between NAS and container.")
+    parser.add_argument("--state", type=Path, required=True, metavar="DIR", help="the NAS daemon's state_dir")
+    parser.add_argument("id", help="the transfer")
+    options = parser.parse_args(argv)
+    become = serve(options.state, options.id)
+    if become:
+        os.execve(which(become[0]), become, environment())  # noqa: S606  (argv of tools/zfs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,7 +23,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from imgstorage.core.errors import ImgStorageError
-from imgstorage.core.mapping import Generation
 from imgstorage.tools import qemu_img
 
 WINDOW_BYTES = 1 << 20
@@ -135,8 +134,3 @@ def layer_digest(path: Path | str, *, force_share: bool = False) -> str:
     finally:
         os.close(fd)
     return hashlib.sha256(ranges.digest() + windows.digest()).hexdigest()
-
-
-def next_version(base_version: str, generation: Generation, attempt: int, digest: str) -> str:
-    """The version of a volume's bytes after what came back was applied: both sides know it without being told."""
-    return hashlib.sha256(f"{base_version} {generation} {attempt} {digest}".encode()).hexdigest()[:16]

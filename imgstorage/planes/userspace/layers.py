@@ -27,8 +27,8 @@ from typing import Any
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.planes.common import files
+from imgstorage.planes.common.versions import next_version
 from imgstorage.planes.userspace import chain, state
-from imgstorage.planes.userspace.digest import next_version
 from imgstorage.planes.userspace.holding import Copying, Holding
 from imgstorage.planes.userspace.state import CopyPhase
 from imgstorage.tools import storage_daemon

@@ -30,6 +30,7 @@ NATIVE = (
     "receive_resume_token",
 )
 INHERITED = "inherited from "
+MAX_DEPTH = 50  # ZFS_MAX_DATASET_NESTING (zfs 2.1: zfs_max_dataset_nesting)
 
 
 class Kind(str, Enum):
@@ -250,3 +251,13 @@ def written_since(dataset: str, snapshot: str) -> int:
 def rows(dataset: str, columns: Sequence[str], kinds: Sequence[Kind], *, depth: int | None = 1) -> list[dict[str, str]]:
     """Columns of what is in a dataset, as zfs prints them, in the order of creation. Raises MISSING, ``tool_output``"""
     return parse_list(zfs(list_argv(names.dataset(dataset), columns, kinds, depth=depth)), columns)
+
+
+def own_property(dataset: str, name: str) -> list[tuple[str, int, str]]:
+    """The volumes in a dataset, at all levels, that have a user property set on themselves: name, guid, value.
+
+    Cheaper than :func:`datasets` for many. Raises MISSING, ``tool_output``.
+    """
+    found = parse_get(zfs(get_argv(names.dataset(dataset), ("guid", name), kinds=(Kind.VOLUME,), depth=MAX_DEPTH)))
+    own = [(volume, props) for volume, props in found.items() if name in props and props[name].source is Source.LOCAL]
+    return [(volume, _number(props, "guid"), props[name].value) for volume, props in own]
