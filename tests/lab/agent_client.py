@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import secrets
+import shlex
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from imgstorage.core.errors import ImgStorageError
+from imgstorage.tools.run import Result
 
 CONNECT_S = 10.0
+ANSWER_S = 30.0
+"""What the agent gets on top of an operation's own deadline: guests are slow on a busy machine."""
 SEND_S = 60  # a guest that takes no bytes for so long is not coming back
 
 
@@ -61,6 +66,34 @@ class AgentClient:
         if "error" in given:
             raise ImgStorageError("failed", f"{op}: {given['error'].strip()}", host=self._host)
         return given
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        timeout_s: float,
+        stdin: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        cwd: str = "/root",
+    ) -> Result:
+        """Run a command in the guest to its end, whatever its status.
+
+        Raises ``tool_failed`` if it does not end in time (it is then killed), and as :meth:`call`.
+        """
+        given = self.call(
+            "run",
+            timeout_s + ANSWER_S,
+            argv=list(argv),
+            stdin=base64.b64encode(stdin).decode(),
+            env=dict(env or {}),
+            cwd=cwd,
+            timeout_s=timeout_s,
+        )
+        out, err = (base64.b64decode(given[name]).decode(errors="replace") for name in ("stdout", "stderr"))
+        if given["status"] is None:
+            text = f"'{shlex.join(argv)}' did not end within {timeout_s:g} s and was killed: {(out + err).strip()}"
+            raise ImgStorageError("tool_failed", text, host=self._host)
+        return Result(tuple(argv), given["status"], out, err)
 
     def close(self) -> None:
         """End the connection; what still waits for an answer fails."""

@@ -13,33 +13,33 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.tools.run import SYSTEM_PATH
-from tests.lab import build_code, build_kernel, build_mirror, build_root
-from tests.lab.build_steps import command, say, step
+from tests.lab import build_code, build_mirror
+from tests.lab.build_image import INITRAMFS, KERNEL, REQUIREMENTS, ROOT
+from tests.lab.build_steps import locked, step
 from tests.lab.machine import Images
 
-REQUIREMENTS = build_code.TOP / "requirements-test.txt"
+MARK = "IMGSTORAGE_LAB"
+"""Set while the lab's tests run, which have a home of their own: the folder of the cache."""
 HERE = Path(__file__).parent
 RECIPE = (
-    *(HERE / f"build{part}.py" for part in ("", "_kernel", "_mirror", "_root", "_steps")),
+    *(HERE / f"build_{part}.py" for part in ("image", "kernel", "mirror", "root", "steps")),
     HERE / "inside/first.sh",
     REQUIREMENTS,
 )
-KERNEL, INITRAMFS, ROOT, MANIFEST = "vmlinux", "initramfs", "root.erofs", "manifest.json"
 
 
 def cache() -> Path:
     """The folder of everything that was built."""
+    if os.environ.get(MARK):
+        return Path(os.environ[MARK])
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "imgstorage" / "lab"
 
@@ -62,74 +62,65 @@ def check_root() -> None:
         )
 
 
-def images(code: Path, checkout: Path) -> Images:
-    """What guests boot from, built now if it is missing; the checkout's present code goes to the file ``code``.
+def artefact() -> Path:
+    """The folder of what guests boot from, built now if it is missing.
 
     Raises ``not_allowed`` without root; ``tool_failed`` if the build fails.
     """
     check_root()
     made = cache() / key(build_mirror.find())
     if not made.is_dir():
-        with _locked(made.with_suffix(".lock")):
+        with locked(made.with_suffix(".lock")):
             if not made.is_dir():
                 _build(made)
+    return made
+
+
+def images(code: Path, checkout: Path) -> Images:
+    """All that guests boot from; the checkout's present code is written to the file ``code``. Raises as artefact."""
+    made = artefact()
     build_code.make(code, checkout)
     return Images(made / KERNEL, made / INITRAMFS, made / ROOT, code)
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as lock:
-        try:
+def clean() -> None:
+    """Remove everything that was built and is not being built at this moment."""
+    remove_unfinished()
+    for path in cache().glob("*"):
+        if path.is_dir() and not path.with_suffix(".new").exists():
+            shutil.rmtree(path)
+
+
+def remove_unfinished() -> None:
+    """Remove what builds left that were interrupted."""
+    for aside in cache().glob("*.new"):
+        with open(aside.with_suffix(".lock"), "w") as lock, contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("another build of the same is running; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+            shutil.rmtree(aside)
 
 
 def _build(made: Path) -> None:
+    remove_unfinished()
     aside = made.with_suffix(".new")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     with step(f"building what guests boot from (once; kept in {made})"):
-        own = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--"]
-        argv = [*own, sys.executable, "-m", "tests.lab.build", str(aside)]
+        own = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "--",
+        ]
+        argv = [*own, sys.executable, "-m", "tests.lab.build_image", str(aside), str(cache() / "modules")]
         environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}"}
         status = subprocess.run(argv, cwd=build_code.TOP, env=environment, check=False).returncode
     if status != 0:
         shutil.rmtree(aside, ignore_errors=True)
         raise ImgStorageError("tool_failed", f"the build ended with status {status}; its last lines say why")
     aside.rename(made)
-
-
-def build_in(folder: Path) -> None:
-    """Build into an empty folder. Runs in namespaces of its own."""
-    mirror = build_mirror.find()
-    root = folder / "root"
-    build_root.make(root, mirror, REQUIREMENTS)
-    abi, zfs = build_kernel.versions(root)
-    with step(f"kernel {abi}"):
-        build_kernel.add_kernel(root, abi)
-        build_kernel.uncompressed(root / f"boot/vmlinuz-{abi}", folder / KERNEL)
-    modules = cache() / "modules"
-    modules.mkdir(exist_ok=True)
-    with _locked(modules / "lock"):
-        build_kernel.add_zfs(root, abi, zfs, modules)
-    build_kernel.initramfs(root, abi, folder / INITRAMFS)
-    build_root.forget_archives(root)
-    shutil.rmtree(root / "boot")
-    with step("one file of the root"):
-        command(["mkfs.erofs", "--quiet", "-zlz4", str(folder / ROOT), str(root)])
-    versions = {"kernel": abi, "zfs": zfs, "made": int(time.time())}
-    (folder / MANIFEST).write_text(json.dumps(versions, indent=2) + "\n")
-    shutil.rmtree(root)
-
-
-if __name__ == "__main__":
-    try:
-        build_in(Path(sys.argv[1]))
-    except ImgStorageError as error:
-        say(str(error))
-        sys.exit(1)

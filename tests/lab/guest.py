@@ -11,6 +11,7 @@ import base64
 import contextlib
 import shlex
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +21,10 @@ from typing import Any
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.tools.qmp import Monitor, check_socket_path
 from imgstorage.tools.run import Result, environment, run, which
-from tests.lab.agent_client import AgentClient
+from tests.lab.agent_client import ANSWER_S, AgentClient
 from tests.lab.machine import STATE_BYTES, Machine, disk_path
 
 BOOT_S = 180.0
-ANSWER_S = 30.0
-"""What the agent gets on top of an operation's own deadline: guests are slow on a busy machine."""
 MIGRATE_S = 120.0
 END_S = 10.0
 POLL_S = 0.01
@@ -49,6 +48,7 @@ class Guest:
         self._environment = environment()
         self._process: subprocess.Popen[bytes] | None = None
         self._agent: AgentClient | None = None
+        self._connecting = threading.Lock()
 
     # power
 
@@ -138,23 +138,10 @@ class Guest:
         Raises ``tool_failed`` for an exit status that is not 0 (only with ``check``) or a deadline that passed (it is
         then killed); ``failed`` if it cannot be started; ``timeout`` or ``unreachable`` if the guest does not answer.
         """
-        given = self._call(
-            "run",
-            timeout_s + ANSWER_S,
-            argv=list(argv),
-            stdin=_encode(stdin.encode() if isinstance(stdin, str) else stdin),
-            env=dict(env or {}),
-            cwd=cwd,
-            timeout_s=timeout_s,
-        )
-        out, err = (base64.b64decode(given[name]).decode(errors="replace") for name in ("stdout", "stderr"))
-        line = shlex.join(argv)
-        if given["status"] is None:
-            text = f"'{line}' did not end within {timeout_s:g} s and was killed: {(out + err).strip()}"
-            raise ImgStorageError("tool_failed", text, host=self.name)
-        result = Result(tuple(argv), given["status"], out, err)
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        result = self._client().run(argv, timeout_s=timeout_s, stdin=data, env=env, cwd=cwd)
         if check and result.exit_status != 0:
-            text = f"'{line}' ended with status {result.exit_status}: {(err or out).strip()}"
+            text = f"'{shlex.join(argv)}' ended with status {result.exit_status}: {(result.stderr or result.stdout).strip()}"
             raise ImgStorageError("tool_failed", text, host=self.name)
         return result
 
@@ -206,11 +193,15 @@ class Guest:
         self._call("clock", ANSWER_S, now=time.time())
 
     def _call(self, op: str, wait_s: float, **request: Any) -> dict[str, Any]:
+        return self._client().call(op, wait_s, **request)
+
+    def _client(self) -> AgentClient:
         if not self.alive:
             raise ImgStorageError("unreachable", f"the guest does not run{self.fate()}", host=self.name)
-        if self._agent is None:
-            self._agent = AgentClient(self.folder / "agent", self.name, self.fate)
-        return self._agent.call(op, wait_s, **request)
+        with self._connecting:
+            if self._agent is None:
+                self._agent = AgentClient(self.folder / "agent", self.name, self.fate)
+            return self._agent
 
     def release_agent(self) -> None:
         """Let go of the agent's line, which has one client at a time; the next call takes it again."""

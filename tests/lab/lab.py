@@ -118,4 +118,4 @@ class Lab:
             list(pool.map(Guest.end_restore, self))
 
     def _saved(self, name: str) -> Path:
-        return self.folder / "saved" / name
+        return self.folder / "saved.states" / name

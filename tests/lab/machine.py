@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from imgstorage.core.errors import ImgStorageError
 from tests.lab.network import PREFIX_LENGTH, guest_address, guest_mac
 
 GIB = 1 << 30
@@ -22,13 +24,17 @@ KERNEL_ARGUMENTS = (
 class Machine:
     """A guest to be: its host name, memory, virtual CPUs, and disks (serial number to size in bytes).
 
-    A disk appears in the guest as ``/dev/disk/by-id/virtio-<serial>``.
+    A disk appears in the guest as ``/dev/disk/by-id/virtio-<serial>``. Raises ``bad_name``.
     """
 
     name: str
     memory_mib: int = 512
     cpus: int = 1
     disks: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({"tank": 4 * GIB}))
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", self.name):
+            raise ImgStorageError("bad_name", f"'{self.name}' cannot be a guest's name: letters a-z, digits, hyphens")
 
 
 @dataclass(frozen=True)

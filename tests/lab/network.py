@@ -45,11 +45,12 @@ class Network:
 
     def start(self) -> None:
         """Make namespace and bridge, after removing what killed labs left."""
-        REGISTRY.mkdir(mode=0o755, exist_ok=True)
-        remove_leftovers()
-        self.name = PREFIX + secrets.token_hex(3)
-        self._lock = os.open(REGISTRY / self.name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        with _registry():
+            for name in _unowned():
+                _remove(name)
+            self.name = PREFIX + secrets.token_hex(3)
+            self._lock = os.open(REGISTRY / self.name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
         run(["ip", "netns", "add", self.name])
         self._ip("link", "set", "lo", "up")
         self._ip("link", "add", BRIDGE, "type", "bridge")
@@ -81,35 +82,40 @@ class Network:
 
 def remove_leftovers() -> list[str]:
     """Remove the networks, and end the processes in them, of labs whose owner is gone. Returns their names."""
-    removed = []
-    for path in sorted(REGISTRY.glob(f"{PREFIX}*")):
-        with _unowned(path) as gone:
-            if gone:
-                _remove(path.name)
-                removed.append(path.name)
-    return removed
+    with _registry():
+        names = _unowned()
+        for name in names:
+            _remove(name)
+    return names
+
+
+def running() -> list[str]:
+    """The networks of labs whose owner lives."""
+    with _registry():
+        gone = _unowned()
+        return sorted(path.name for path in REGISTRY.glob(f"{PREFIX}*") if path.name not in gone)
 
 
 @contextlib.contextmanager
-def _unowned(path: Path) -> Iterator[bool]:
-    try:
-        lock = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        yield False
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Another lab may have removed it, and the name is not used again: then there is nothing to do twice.
-        yield path.exists()
-    except BlockingIOError:
-        yield False
-    finally:
-        os.close(lock)
+def _registry() -> Iterator[None]:
+    REGISTRY.mkdir(mode=0o755, exist_ok=True)
+    with open(REGISTRY / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _unowned() -> list[str]:
+    found = []
+    for path in sorted(REGISTRY.glob(f"{PREFIX}*")):
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), open(path, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found.append(path.name)
+    return found
 
 
 def processes(name: str) -> list[int]:
     """The processes in a namespace."""
-    listed = run(["ip", "netns", "pids", name], check=False)
+    listed = run(["ip", "netns", "pids", name], check=False)  # fails if the namespace was never made
     return [int(word) for word in listed.stdout.split()]
 
 
