@@ -48,16 +48,20 @@ class NasConfig(DaemonConfig):
 
 @dataclass(frozen=True)
 class ContainerConfig(DaemonConfig):
-    """``img-storage-vm``: pools by name, where devices appear, whether FUSE is used (auto, on, off).
+    """``img-storage-vm``, for either data plane.
 
     ``copy_speed`` limits each copy to the container, ``return_speed`` each way back: bytes per second, 0 = no limit.
-    ``reserve`` is the share of what a volume may take at its worst that must be free before it is taken.
+    Userspace: ``pools`` by name, whether FUSE is used (auto, on, off), ``reserve``: the share of what a volume may
+    take at its worst that must be free before it is taken. Kernel: ``zpools`` (or datasets below one), and the share of
+    a volume that a COW device can take.
     """
 
     plane: str
     pools: Mapping[PoolName, Path]
+    zpools: tuple[PoolName, ...]
     default_pool: PoolName | None
     run_dir: Path
+    cow_percent: int
     fuse: str
     copy_speed_bytes_s: int
     return_speed_bytes_s: int
@@ -124,25 +128,31 @@ def load_container(path: Path) -> ContainerConfig:
     sections = read(path)
     daemon, container = section(path, sections, "daemon"), section(path, sections, "container")
     broker = section(path, sections, "broker")
-    pools = container.pools()
-    default = container.pool("vm_container_zpool", next(iter(pools)) if len(pools) == 1 else None)
+    plane = container.choice("plane", ("userspace", "kernel"), "userspace")
+    kernel = plane == "kernel"
+    pools = {} if kernel else container.pools()
+    zpools = container.zpools("zpools") if kernel else ()
+    names_here = zpools or tuple(pools)
+    default = container.pool("vm_container_zpool", names_here[0] if len(names_here) == 1 else None)
     config = ContainerConfig(
         **_common(daemon, broker),  # type: ignore[arg-type]
-        plane=container.choice("plane", ("userspace",), "userspace"),
+        plane=plane,
         pools=pools,
+        zpools=zpools,
         default_pool=default,
         run_dir=container.path("run_dir", "/run/imgstorage"),
-        fuse=container.choice("fuse", ("auto", "on", "off"), "auto"),
         copy_speed_bytes_s=container.size("copy_speed", 0),
         return_speed_bytes_s=container.size("return_speed", 0),
-        watermark_bytes=container.size("watermark", 64 << 20),
-        reserve=container.integer("reserve_percent", 100, 0, 100) / 100,
+        cow_percent=container.integer("cow_percent", 100, 1, 100) if kernel else 100,
+        fuse="off" if kernel else container.choice("fuse", ("auto", "on", "off"), "auto"),
+        watermark_bytes=0 if kernel else container.size("watermark", 64 << 20),
+        reserve=1.0 if kernel else container.integer("reserve_percent", 100, 0, 100) / 100,
     )
     try:
         device_path(str(config.run_dir))
     except ImgStorageError as error:
         raise container.bad("run_dir", error.message) from None
-    if config.default_pool is not None and config.default_pool not in pools:
+    if config.default_pool is not None and config.default_pool not in names_here:
         raise container.bad("vm_container_zpool", f"{config.default_pool!r} is none of the pools configured here")
     ended(path, sections, daemon, container)
     return config

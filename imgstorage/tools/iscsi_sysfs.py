@@ -9,8 +9,9 @@ read counts as not there.
 A disk is taken by its serial and size, never by its name: sdX goes to whoever comes next. The serial is VPD page
 0x80 (SPC-4, 7.8.15): type, 0x80, two bytes of length, text.
 
-A command that is on its way when a session is lost is tried again five times at most, then fails, whatever
-recovery_tmo says (``scsi_disk/*/max_retries``, -1: without end): :meth:`Sysfs.never_give_up`.
+A command that is on its way when a session is lost is tried again five times at most, then fails, although
+recovery_tmo is off: a read whose session broke six times returned an I/O error. With ``scsi_disk/*/max_retries`` -1 it
+is tried without end: :meth:`Sysfs.never_give_up`.
 """
 
 from __future__ import annotations
@@ -89,12 +90,12 @@ class Sysfs:
 
     def sessions(self) -> list[Session]:
         """All sessions. Raises ``tool_output`` for a tree that is not as described above."""
-        folders = sorted(self.root.glob("class/iscsi_session/session*"), key=lambda folder: folder.name)
-        return [session for folder in folders if (session := self._session(folder))]
+        return [session for folder in self._folders() if (session := self._session(folder))]
 
     def session(self, iqn: str) -> Session | None:
         """The session to a target. Raises ``conflict`` if there are several, ``tool_output``."""
-        found = [session for session in self.sessions() if session.iqn == iqn]
+        folders = [folder for folder in self._folders() if _text(folder / "targetname") == iqn]
+        found = [session for folder in folders if (session := self._session(folder))]
         if len(found) > 1:
             raise ImgStorageError("conflict", f"this host has {len(found)} sessions to {iqn}")
         return found[0] if found else None
@@ -129,6 +130,9 @@ class Sysfs:
     def rescan(self, disk: Disk) -> None:
         """Have the kernel ask for the size again, after the target's grew. Raises ``tool_failed``."""
         self._write(self._device(disk) / "rescan", "1", disk)
+
+    def _folders(self) -> list[Path]:
+        return sorted(self.root.glob("class/iscsi_session/session*"), key=lambda folder: folder.name)
 
     def _device(self, disk: Disk) -> Path:
         return self.root / "class/block" / disk.name / "device"

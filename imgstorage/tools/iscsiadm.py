@@ -7,6 +7,9 @@ Records are written and removed as files (tools/iscsi_record.py); iscsiadm logs 
 What it does that is not obvious
 * An iscsiadm that is killed leaves its lock. The next one waits 30 s, fails with status 6 and mends it: so the
   deadline here is longer than that. Commands are run one at a time on a host, by a lock of our own.
+* iscsiadm starts iscsid if it is not there, by ``iscsid.startup`` of iscsid.conf, else as a child of its own.
+* A lost session is logged in again without end, also while the target is not there (yet), after a new start of
+  iscsid too. tgt in the meantime must not let the session in to a target without its LUN: that fails commands.
 * Statuses (iscsiadm(8)): 15 at login, 21 at logout and in lists say that what was wanted holds already.
 """
 
@@ -16,6 +19,7 @@ import fcntl
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +47,9 @@ REASONS = {
 DATABASE = Path("/etc/iscsi")
 LOCK = Path("/run/lock/imgstorage-iscsiadm")
 INITIATOR_NAME = Path("/etc/iscsi/initiatorname.iscsi")
+DAEMON_SOCKET = "\0ISCSIADM_ABSTRACT_NAMESPACE"
+"""Where iscsid listens (unix(7), abstract)."""
+
 TIMEOUT_S = 90.0
 """More than LOGIN_TRIES logins, and than 30 s for a lock that was left."""
 
@@ -133,6 +140,12 @@ class Initiator:
     database: Path = DATABASE
     lock: Path = LOCK
 
+    def daemon_runs(self) -> bool:
+        """Whether iscsid listens in this network namespace."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
+            line.settimeout(TIMEOUT_S)
+            return line.connect_ex(DAEMON_SOCKET) == 0
+
     def write_record(self, node: Node, settings: Settings) -> None:
         """Make or replace the record of a target, at once and for good. The next login goes by it."""
         nodes = self.database / "nodes"
@@ -203,7 +216,8 @@ def failed(result: Result, node: Node | None = None) -> ImgStorageError:
     """Why a command failed, by its status."""
     code, why = REASONS.get(result.exit_status, ("tool_failed", f"status {result.exit_status}"))
     of = f" of {node.iqn} at {node.portal}" if node else ""
-    said = result.last_line.removeprefix("iscsiadm: ")
+    lines = result.stderr.splitlines()
+    said = next((line for line in lines if "reported error" in line), result.last_line).removeprefix("iscsiadm: ")
     return ImgStorageError(code, f"'iscsiadm {result.argv[-1]}'{of} failed: {why} ({said})")
 
 

@@ -41,8 +41,7 @@ class Ended:
     @property
     def last_line(self) -> str:
         """The last non-empty line of its stderr, or what its status says."""
-        lines = [line.strip() for line in self.stderr.splitlines() if line.strip()]
-        if lines:
+        if lines := [line.strip() for line in self.stderr.splitlines() if line.strip()]:
             return lines[-1]
         if self.exit_status < 0:
             return f"killed by signal {-self.exit_status}"
@@ -170,8 +169,8 @@ class Pipeline:
     def limit(self, limit_bytes_s: int, *, timeout_s: float = 10.0) -> None:
         """Hold another rate from now on (0: none). No error if the pipeline has ended.
 
-        Raises ``bad_config`` without a meter, ``tool_failed`` if the meter did not take it in time because
-        nothing flows.
+        Raises ``bad_config`` without a meter, ``tool_failed`` if the meter did not say in time that it took it,
+        which is so while nothing flows.
         """
         if self._meter is None:
             raise ImgStorageError("bad_config", "this copy has no meter that could hold a rate")

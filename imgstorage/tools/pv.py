@@ -1,9 +1,10 @@
 """pv: counts the bytes that go through it and holds their rate, also while it runs. Tried with pv 1.6.20 (Debian 12).
 
 What it does that is not obvious
-* ``pv -R PID`` talks to a running pv through a System V message queue. A pv that is ended by SIGKILL leaves its
-  queue behind for ever; SIGTERM is enough to end one, also while it is blocked.
-* While it is blocked in a write it takes no new limit: status 1 and :data:`NOT_RECEIVED`.
+* ``pv -R PID`` talks to a running pv through a System V message queue, one for all pv of a user. Each pv that ends
+  removes it, and they make it anew; one ended by SIGKILL leaves it behind. SIGTERM ends a pv also while it is blocked.
+* No answer within a second is status 1 and :data:`NOT_RECEIVED`: the pv is blocked in a write, or others ended just
+  then and took the queue along. It may have been received all the same: send it again.
 * A running one can be given another limit, but not none: :data:`NO_LIMIT` stands for that.
 * It saves up half a second's worth while its input is slow, and then hands it on at once.
 """
@@ -34,10 +35,14 @@ def limit_argv(pid: int, limit_bytes_s: int) -> list[str]:
 
 
 def limit(pid: int, limit_bytes_s: int, *, timeout_s: float) -> None:
-    """Hold another rate from now on (0: none). Raises ``tool_failed``: it is blocked, or is no pv."""
+    """Hold another rate from now on (0: none). Raises ``tool_failed``: it did not answer, or is no pv."""
     result = run(limit_argv(pid, limit_bytes_s), check=False, timeout_s=timeout_s)
     if result.exit_status != 0:
-        why = "nothing flows just now" if result.last_line.endswith(NOT_RECEIVED) else result.last_line
+        why = (
+            "nothing flows just now, or other copies are ending"
+            if result.last_line.endswith(NOT_RECEIVED)
+            else result.last_line
+        )
         raise ImgStorageError("tool_failed", f"the rate of a copy was not changed: {why}")
 
 

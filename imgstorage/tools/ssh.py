@@ -7,8 +7,8 @@ which finds that word in SSH_ORIGINAL_COMMAND.
 Exit status 255 is ssh's own failure, with the reason on stderr; any other is the forced command's. A forced command
 can end with 255 too: without a known reason it counts as the command's.
 
-The cipher is left to OpenSSH: with AES in the processor aes128-gcm is faster than its default
-chacha20-poly1305, without it (a guest in software emulation) slower; transfers run at a few hundred MB/s either way.
+The cipher is left to OpenSSH: aes128-gcm was no faster than its own choice by more than the noise of the measurement,
+on a processor with AES (about 120 MB/s on two busy cores) and in software emulation.
 """
 
 from __future__ import annotations

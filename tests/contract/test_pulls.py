@@ -207,7 +207,7 @@ def test_one_wrong_byte_is_not_taken_and_the_next_attempt_is(local: World) -> No
 
 
 @pytest.mark.parametrize("return_pace", [4 * MIB])
-@pytest.mark.parametrize("what", ["back", "transfer", "daemon", "reboot"])
+@pytest.mark.parametrize("what", ["device", "transfer", "daemon", "reboot"])
 @pytest.mark.parametrize("moment", ["sending", "sent", "released"])
 def test_killed_at_any_moment_of_a_pull(local: World, breaker: Breaker, what: str, moment: str) -> None:
     local.write(4 * MIB, 3 * MIB, 8)
@@ -216,11 +216,11 @@ def test_killed_at_any_moment_of_a_pull(local: World, breaker: Breaker, what: st
     def kill() -> None:
         local.close_guests()
         match what:
-            case "back":
-                breaker.back(local.uuid)
-                wait_for(local.container.tend, "it is noticed", deadline_s=5)
+            case "device":
+                breaker.break_device(local.uuid)
+                wait_for(local.container.tend, "it is noticed")
             case "transfer":
-                breaker.transfer(local.uuid)
+                breaker.stop_return(local.uuid)
             case "daemon":
                 local.container = breaker.restart()
             case _:

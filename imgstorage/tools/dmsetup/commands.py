@@ -115,6 +115,11 @@ def remove_argv(device: str) -> list[str]:
     return ["dmsetup", "remove", "--retry", *NO_UDEV, name(device)]
 
 
+def rename_argv(device: str, new: str) -> list[str]:
+    """Another name for a device, also while it is open. Raises ``bad_name``."""
+    return ["dmsetup", "rename", *NO_UDEV, name(device), name(new)]
+
+
 def message_argv(device: str, text: str) -> list[str]:
     """Tell a device's target something. Raises ``bad_name``."""
     return ["dmsetup", "message", name(device), "0", text]

@@ -137,6 +137,11 @@ def status(device: str) -> list[Status]:
     return parse_status(_run(commands.status_argv(device)))
 
 
+def rename(device: str, new: str) -> None:
+    """Give a device another name, also while it is open. Raises ``not_found``, ``exists``."""
+    _run(commands.rename_argv(device, new))
+
+
 def with_target(target: str) -> list[str]:
     """The devices whose live table has a target of that kind. Raises ``tool_failed``, ``tool_output``."""
     return commands.parse_ls(_run(commands.ls_argv(target)))
