@@ -55,17 +55,23 @@ def folders(tool: str) -> list[str]:
 class Recorder:
     """Runs commands of one tool and keeps what they leave."""
 
-    def __init__(self, tool: str, version: str, work: Path, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, tool: str, version: str, work: Path, env: dict[str, str] | None = None, into: Path = HERE
+    ) -> None:
         self.work = work
         self.env = env or {}
-        self.folder = HERE / f"{tool}-{version}"
+        self.folder = into / f"{tool}-{version}"
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
 
     def __call__(self, name: str, argv: Sequence[str]) -> None:
-        result = run(argv, check=False, env=self.env)
+        """Run a command and keep what it leaves under a name."""
+        self.keep(name, run(argv, check=False, env=self.env))
+
+    def keep(self, name: str, result: Result) -> None:
+        """Write a recording of a command that has run."""
         texts = [text.replace(str(self.work), "/W") for text in (result.stdout, result.stderr)]
-        words = [word.replace(str(self.work), "/W") for word in argv]
+        words = [word.replace(str(self.work), "/W") for word in result.argv]
         recording = Recording(words, result.exit_status, *texts)
         (self.folder / f"{name}.json").write_bytes(
             msgspec.json.format(msgspec.json.encode(recording), indent=1) + b"\n"

@@ -1,0 +1,112 @@
+"""Device-mapper devices: made, switched, removed, looked at.
+
+Exit status: 1 for whatever failed; the reason is on stderr, that of the kernel as strerror(3) prints it.
+
+What it does that is not obvious
+* ``reload`` reads the metadata of a COW device at once: suspend before it, never after.
+* ``suspend`` waits for what is under way. On a dead iSCSI session that is for ever: it has a deadline.
+* ``resume`` makes the table live that was loaded last; without one it only resumes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from imgstorage.core.errors import ImgStorageError
+from imgstorage.tools.dmsetup import commands
+from imgstorage.tools.dmsetup.commands import Info
+from imgstorage.tools.dmsetup.tables import Segment, Status, parse_status, parse_table
+from imgstorage.tools.run import Result, run
+
+TIMEOUT_S = 20.0
+SUSPEND_TIMEOUT_S = 30.0
+
+_IOCTL = re.compile(r"device-mapper: ([a-z-]+) ioctl on .* failed: (.+)")
+_MISSING = "No such device or address"
+_TAKEN = "Device or resource busy"
+_NOT_FOUND = re.compile(r"Device \S+ not found")
+
+
+def refusal(result: Result) -> ImgStorageError:
+    """The error for a command that failed: ``not_found``, ``in_use``, ``exists`` or ``tool_failed``.
+
+    The kernel says of a name that is taken what it says of a device that somebody has open: what was asked decides.
+    """
+    lines = [line.strip() for line in result.stderr.split("\n")]
+    failed = [match for match in map(_IOCTL.fullmatch, lines) if match is not None]
+    verb = result.argv[1]
+    if any(match[2] == _MISSING and match[1] == verb for match in failed) or any(map(_NOT_FOUND.fullmatch, lines)):
+        return ImgStorageError("not_found", f"there is no such device for 'dmsetup {verb}': {result.argv[2:]}")
+    raise NotImplementedError
+
+
+def _run(argv: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> str:
+    result = run(argv, timeout_s=timeout_s, check=False)
+    if result.exit_status != 0:
+        raise refusal(result)
+    return result.stdout
+
+
+def create(device: str, table: str, *, dm_uuid: str, readonly: bool = False) -> Info:
+    """Make a device. Raises ``exists`` (the name or the uuid), ``tool_failed`` (the table), ``bad_name``."""
+    _run(commands.create_argv(device, table, dm_uuid=dm_uuid, readonly=readonly))
+    return info(device)
+
+
+def reload(device: str, table: str, *, readonly: bool = False) -> None:
+    """Load a table; the device must be suspended first. Raises ``not_found``, ``tool_failed``."""
+    _run(commands.reload_argv(device, table, readonly=readonly))
+
+
+def clear(device: str) -> None:
+    """Forget a table that was loaded and not made live. Raises ``not_found``."""
+    _run(commands.clear_argv(device))
+
+
+def suspend(device: str, *, flush: bool = True, lockfs: bool = True, timeout_s: float = SUSPEND_TIMEOUT_S) -> None:
+    """Hold I/O back. Raises ``not_found``; ``tool_failed`` after the deadline: look whether it is suspended."""
+    _run(commands.suspend_argv(device, flush=flush, lockfs=lockfs), timeout_s=timeout_s)
+
+
+def resume(device: str) -> None:
+    """Let I/O go on, through the table loaded last. Raises ``not_found``, ``tool_failed``."""
+    _run(commands.resume_argv(device))
+
+
+def remove(device: str) -> None:
+    """Remove a device. Raises ``not_found``; ``in_use`` after some seconds if somebody has it open."""
+    _run(commands.remove_argv(device))
+
+
+def message(device: str, text: str) -> None:
+    """Tell a device's target something. Raises ``not_found``, ``tool_failed``."""
+    _run(commands.message_argv(device, text))
+
+
+def devices() -> list[Info]:
+    """All devices. Raises ``tool_failed``, ``tool_output``."""
+    return commands.parse_info(_run(commands.info_argv()))
+
+
+def info(device: str) -> Info:
+    """One device. Raises ``not_found``, ``tool_output``."""
+    found = commands.parse_info(_run(commands.info_argv(device)))
+    if [one.name for one in found] != [device]:
+        raise commands.unexpected("info", str([one.name for one in found]))
+    return found[0]
+
+
+def table(device: str, *, inactive: bool = False) -> list[Segment]:
+    """A device's live table, or the loaded one; nothing if there is none. Raises ``not_found``, ``tool_output``."""
+    return parse_table(_run(commands.table_argv(device, inactive=inactive)))
+
+
+def status(device: str) -> list[Status]:
+    """How a device's live table is doing. Raises ``not_found``, ``tool_output``."""
+    return parse_status(_run(commands.status_argv(device)))
+
+
+def with_target(target: str) -> list[str]:
+    """The devices whose live table has a target of that kind. Raises ``tool_failed``, ``tool_output``."""
+    return commands.parse_ls(_run(commands.ls_argv(target)))

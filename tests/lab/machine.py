@@ -1,0 +1,78 @@
+"""What a guest is made of, and the QEMU command line for it. Flags tried with QEMU 7.2 in software emulation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from imgstorage.core.errors import ImgStorageError
+from tests.lab.network import PREFIX_LENGTH, guest_address, guest_mac
+
+GIB = 1 << 30
+STATE_BYTES = 4 * GIB
+AGENT = "lab.agent"
+KERNEL_ARGUMENTS = (
+    "console=ttyS0 loglevel=4 panic=-1 mitigations=off nopti nokaslr tsc=reliable no_timer_check audit=0 apparmor=0 "
+    "random.trust_cpu=on net.ifnames=0 rcupdate.rcu_expedited=1 nowatchdog"
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A guest to be: its host name, memory, virtual CPUs, and disks (serial number to size in bytes).
+
+    A disk appears in the guest as ``/dev/disk/by-id/virtio-<serial>``. Raises ``bad_name``.
+    """
+
+    name: str
+    memory_mib: int = 512
+    cpus: int = 1
+    disks: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({"tank": 4 * GIB}))
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", self.name):
+            raise ImgStorageError("bad_name", f"'{self.name}' cannot be a guest's name: letters a-z, digits, hyphens")
+
+
+@dataclass(frozen=True)
+class Images:
+    """What every guest of a lab boots from; all read-only."""
+
+    kernel: Path
+    initramfs: Path
+    root: Path
+    code: Path
+
+
+def qemu_argv(machine: Machine, index: int, names: Sequence[str], images: Images, folder: Path, tap: str) -> list[str]:
+    """The command line of guest number ``index`` of those called ``names``; its files are in ``folder``."""
+    hosts = ",".join(f"{guest_address(i)}:{name}" for i, name in enumerate(names))
+    told = f"lab.host={machine.name} lab.address={guest_address(index)}/{PREFIX_LENGTH} lab.hosts={hosts}"
+    argv = ["qemu-system-x86_64", "-name", machine.name, "-accel", "tcg,thread=multi", "-cpu", "max"]
+    argv += ["-smp", str(machine.cpus), "-m", str(machine.memory_mib), "-M", "q35", "-nodefaults", "-no-user-config"]
+    argv += ["-display", "none", "-no-reboot", "-rtc", "base=utc"]
+    argv += ["-kernel", str(images.kernel), "-initrd", str(images.initramfs), "-append", f"{KERNEL_ARGUMENTS} {told}"]
+    argv += ["-serial", f"file:{folder}/console.log"]
+    argv += ["-qmp", f"unix:{folder}/qmp,server=on,wait=off"]
+    argv += ["-device", "virtio-serial-pci", "-chardev", f"socket,id=agent,path={folder}/agent,server=on,wait=off"]
+    argv += ["-device", f"virtserialport,chardev=agent,name={AGENT}"]
+    argv += ["-netdev", f"tap,id=net,ifname={tap},script=no,downscript=no"]
+    argv += ["-device", f"virtio-net-pci,id=nic,netdev=net,mac={guest_mac(index)},romfile="]
+    for serial, path in (("root", images.root), ("code", images.code)):
+        argv += _disk(serial, f"file={path},readonly=on")
+    for serial in ("state", *machine.disks):
+        argv += _disk(serial, f"file={disk_path(folder, serial)},discard=unmap")
+    return argv
+
+
+def disk_path(folder: Path, serial: str) -> Path:
+    """Where a guest's disk lies."""
+    return folder / f"{serial}.disk"
+
+
+def _disk(serial: str, options: str) -> list[str]:
+    drive = f"if=none,id={serial},format=raw,cache=unsafe,{options}"
+    return ["-drive", drive, "-device", f"virtio-blk-pci,drive={serial},serial={serial}"]
