@@ -189,3 +189,16 @@ def wait_gone(volume: str, *, deadline_s: float) -> None:
         if time.monotonic() > until:
             raise ImgStorageError("timeout", f"{ZVOLS / volume} is still there after {deadline_s:g} s")
         time.sleep(POLL_S)
+
+
+def linked_zvols() -> dict[str, str]:
+    """Datasets by their devices (/dev/zdN), as udev's links have it now: right but for moments in which zvols are
+    made or renamed."""
+    found = {}
+    for folder, _, links in os.walk(ZVOLS):
+        for link in links:
+            path = Path(folder, link)
+            device = os.path.realpath(path)
+            if _ZD.fullmatch(device):
+                found[device] = str(path.relative_to(ZVOLS))
+    return found

@@ -172,6 +172,17 @@ def convert_argv(source: Mapping[str, Any], path: str, fmt: str) -> list[str]:
     return ["qemu-img", "convert", "-q", "-W", "-O", fmt, pseudo(source), path]
 
 
+def device_node(path: Path | str, size_bytes: int) -> dict[str, Any]:
+    """The blockdev options of the first ``size_bytes`` of a block device, to read."""
+    file = {"driver": "host_device", "filename": str(path), "read-only": True}
+    return {"driver": "raw", "size": size_bytes, "read-only": True, "file": file}
+
+
+def fill_argv(source: Mapping[str, Any], device: str) -> list[str]:
+    """``qemu-img convert`` onto a block device that is all zeros and at least as large."""
+    return ["qemu-img", "convert", "-q", "-W", "-n", "--target-is-zero", "-O", "raw", pseudo(source), device]
+
+
 def commit_argv(top: Mapping[str, Any]) -> list[str]:
     """``qemu-img commit`` of a node into the backing that the node names; ``-d``: the top keeps its bytes."""
     return ["qemu-img", "commit", "-q", "-d", pseudo(top)]
@@ -302,6 +313,11 @@ def convert(source: Mapping[str, Any], path: Path, fmt: str, *, timeout_s: float
     run(convert_argv(source, str(path), fmt), timeout_s=timeout_s)
     if not path.is_file():
         raise _unexpected("convert", f"{path} is not there")
+
+
+def fill(source: Mapping[str, Any], device: Path, *, timeout_s: float = COPY_TIMEOUT_S) -> None:
+    """Copy a node onto a block device that is all zeros; fsync the device afterwards. Raises ``tool_failed``."""
+    run(fill_argv(source, str(device)), timeout_s=timeout_s)
 
 
 def commit(top: Mapping[str, Any], *, timeout_s: float = COPY_TIMEOUT_S) -> None:

@@ -78,6 +78,11 @@ def status_argv(pool: str) -> list[str]:
     return ["zpool", "status", pool]
 
 
+def sync_argv(pool: str) -> list[str]:
+    """Write out everything that is in memory."""
+    return ["zpool", "sync", pool]
+
+
 # -- parsers ------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +168,12 @@ def pool(name: str) -> Pool:
 def status(name: str) -> Report:
     """What ails a pool. Raises ``not_found``, ``tool_failed``, ``tool_output``."""
     return parse_status(_run(status_argv(name)))
+
+
+def sync(name: str) -> None:
+    """Wait until a transaction group is written: only then does ``written`` tell of what was flushed before, since
+    a synchronous write is in the intent log first. Raises ``not_found``, ``tool_failed``."""
+    _run(sync_argv(name))
 
 
 def _run(argv: list[str]) -> str:

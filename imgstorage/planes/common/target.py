@@ -46,13 +46,15 @@ RESTART_PAUSE_S = 0.1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Offer:
-    """One target as it should be: a file for one initiator. ``sync`` opens the file O_SYNC."""
+    """One target as it should be: a file or device for one initiator, who is known by name (``initiator``) or by
+    ``address``, never by both: tgtd lets in who fits either. ``sync`` opens the file O_SYNC."""
 
     iqn: str
     path: Path
     serial: str
     user: str
-    initiator: str
+    initiator: str = ""
+    address: str = ""
     readonly: bool
 
     @property
@@ -74,7 +76,7 @@ class Offer:
             and lun.thin
             and lun.flags == ("sync" if self.sync else "")
             and target.accounts == (self.user,)
-            and target.acl == (self.initiator,)
+            and target.acl == (self.address or self.initiator,)
             and len(target.luns) == 2
         )
 
@@ -263,7 +265,7 @@ class Targets:
         self._tgt.new_lun(tid, LUN, offer.path, params, sync=offer.sync)
         self._tgt.set_account(offer.user, secret)
         self._tgt.bind_account(tid, offer.user)
-        self._tgt.bind_initiator(tid, name=offer.initiator)
+        self._tgt.bind_initiator(tid, name="" if offer.address else offer.initiator, address=offer.address)
         made = next((target for target in self._tgt.targets() if target.tid == tid), None)
         if made is None or not offer.is_made(made):
             raise ImgStorageError("failed", f"target {offer.iqn} is not as it should be: {made}")

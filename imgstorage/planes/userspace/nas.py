@@ -21,11 +21,13 @@ from imgstorage.core.mapping import Generation, Mode, Volume
 from imgstorage.core.names import HostName, PoolName
 from imgstorage.core.ports import ExportSeen, Grant, ImageInfo, Pool, Portal, ReturnKind, ReturnPort, Stamp
 from imgstorage.planes.common import names
+from imgstorage.planes.common.images import inspect
 from imgstorage.planes.common.target import LUN, Offer, Targets
+from imgstorage.planes.common.versions import next_version, superseded
 from imgstorage.planes.userspace import images, returns, sidecar
 from imgstorage.planes.userspace.returns import Delta
 from imgstorage.planes.userspace.sidecar import Sidecar
-from imgstorage.planes.userspace.volumes import Volumes, older
+from imgstorage.planes.userspace.volumes import Volumes
 from imgstorage.tools.run import which
 from imgstorage.tools.tgtadm import Target
 
@@ -104,7 +106,7 @@ class UserspaceNas:
 
     def image_info(self, path: str) -> ImageInfo:
         """As :meth:`NasPlane.image_info`."""
-        return images.inspect(path, self._settings.import_dirs)
+        return inspect(path, self._settings.import_dirs)
 
     def import_image(self, volume: Volume, image: ImageInfo) -> None:
         """As :meth:`NasPlane.import_image`."""
@@ -153,7 +155,7 @@ class UserspaceNas:
         portal = self._portal(grant, iqn, "", secret, writable=grant.mode is Mode.DIRECT)
 
         def check(seen: Sequence[Target]) -> list[Target]:
-            return _superseded(grant, iqn, [target for target in seen if _path(target) == str(path)])
+            return superseded(grant, iqn, [target for target in seen if _path(target) == str(path)])
 
         if portal.writable and not known.opened:
             sidecar.save(path, replace(known, opened=True))
@@ -231,7 +233,7 @@ class UserspaceNas:
         if delta is None:
             known = sidecar.load(path)
             if known is not None:
-                version = returns.next_version(known.stamp.volume.parent_version, grant.generation, attempt, digest)
+                version = next_version(known.stamp.volume.parent_version, grant.generation, attempt, digest)
                 if known.stamp.volume.version == version:
                     return version  # applied already
             raise ImgStorageError("verify_failed", f"nothing of attempt {attempt} is here")
@@ -332,26 +334,3 @@ def _is_delta_of(backing: str, volume_file: Path) -> bool:
     stem = volume_file.name.removesuffix(sidecar.VOLUME_SUFFIX)
     file = Path(backing)
     return file.parent == volume_file.parent and file.name.startswith(f"{stem}.g") and file.suffix == returns.SUFFIX
-
-
-def _superseded(grant: Grant, iqn: str, seen: Sequence[Target]) -> list[Target]:
-    """Which targets of a volume's file have to go before ``grant`` is offered as ``iqn``.
-
-    Raises ``stale_generation`` for one of a newer grant, ``conflict`` for one that is not ours, or of another
-    container where two cannot share.
-    """
-    gone = []
-    for target in seen:
-        name = names.parse_target(target.name)
-        if target.name == iqn:
-            continue
-        if name is None:
-            raise ImgStorageError("conflict", f"{grant.volume} is exported by a target that is not ours: {target.name}")
-        if name.generation == grant.generation:
-            if grant.mode is not Mode.DIRECT:
-                raise ImgStorageError("conflict", f"{grant.volume} is exported to another container: {target.name}")
-        elif older(grant.generation, name.generation):
-            raise ImgStorageError("stale_generation", f"{grant.volume} is exported as {name.generation}, not older")
-        else:
-            gone.append(target)
-    return gone

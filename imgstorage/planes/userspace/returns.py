@@ -17,7 +17,6 @@ Rules
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -30,9 +29,11 @@ from imgstorage.core.mapping import Generation, Volume
 from imgstorage.core.names import MIB
 from imgstorage.core.ports import Grant, ReturnKind
 from imgstorage.planes.common import files
+from imgstorage.planes.common.images import refuse_missing_data
+from imgstorage.planes.common.space import margin_bytes
+from imgstorage.planes.common.versions import next_version
 from imgstorage.planes.userspace import sidecar
 from imgstorage.planes.userspace.digest import layer_digest
-from imgstorage.planes.userspace.images import refuse_missing_data
 from imgstorage.planes.userspace.sidecar import Sidecar
 from imgstorage.planes.userspace.volumes import Volumes, need_space, set_size
 from imgstorage.tools import qcow2, qemu_img
@@ -46,12 +47,6 @@ _RECORD = re.compile(r"(?P<name>.+)\.g(?P<counter>\d+)-(?P<grant>[0-9A-Za-z]*)\.
 METADATA_SHARE = 4096
 METADATA_MIN_BYTES = 16 * MIB
 """A delta with 128 KiB clusters and extended L2 needs 1/8192 of the disk for L2 tables, 1/65536 for refcounts."""
-
-MARGIN_SHARE = 20
-MARGIN_MIN_BYTES = 64 * MIB
-MARGIN_MAX_BYTES = 8 << 30
-"""Free space asked for before a way back. How much will come is not known, and promising room for a whole volume
-would refuse most; a full pool only pauses the container's copy, and applying checks again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,16 +78,6 @@ def scratch_bytes(size_bytes: int) -> int:
     """The size of a delta's file for a disk of ``size_bytes``: all of it could change, and qcow2's tables."""
     wanted = size_bytes + max(METADATA_MIN_BYTES, size_bytes // METADATA_SHARE)
     return -(-wanted // MIB) * MIB
-
-
-def margin_bytes(size_bytes: int) -> int:
-    """The free space that must be there before a way back of a disk of ``size_bytes``."""
-    return min(MARGIN_MAX_BYTES, max(MARGIN_MIN_BYTES, size_bytes // MARGIN_SHARE))
-
-
-def next_version(base_version: str, generation: Generation, attempt: int, digest: str) -> str:
-    """The version of a volume's bytes after what came back was applied."""
-    return hashlib.sha256(f"{base_version} {generation} {attempt} {digest}".encode()).hexdigest()[:16]
 
 
 def delta_path(volume_file: Path, generation: Generation, attempt: int) -> Path:

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imgstorage.core.errors import ImgStorageError
-from imgstorage.core.mapping import NEVER_GRANTED, Generation, Volume
+from imgstorage.core.mapping import NEVER_GRANTED, Volume
 from imgstorage.core.names import PoolName, format_size
 from imgstorage.core.ports import Pool, Stamp
 from imgstorage.planes.common import files
+from imgstorage.planes.common.versions import older
 from imgstorage.planes.userspace import sidecar
 from imgstorage.planes.userspace.sidecar import VOLUME_SUFFIX, Identity, Sidecar
 
@@ -241,11 +242,6 @@ class Volumes:
                     sidecar.stamp_path(path).unlink(missing_ok=True)
                     count += 1
         return count
-
-
-def older(one: Generation, other: Generation) -> bool:
-    """Whether ``one`` may not follow ``other``: a lower counter, or the same one granted twice (a restored NAS)."""
-    return one.counter < other.counter or (one.counter == other.counter and one.grant != other.grant)
 
 
 def free_bytes(folder: Path) -> int:

@@ -1,7 +1,8 @@
 """Why zfs refused: its words on stderr as a :class:`Reason`, and the error a user reads.
 
-The exit status says nothing (1 for every reason). Long messages are wrapped, so they are joined before they are
-compared. What follows "use '-r'" is left out of what users read: it invites them to destroy more.
+The exit status says nothing (1; with a page of usage 2; from ``send`` 255). Long messages are wrapped, so they are
+joined before they are compared. Advice that follows ("use '-r' to destroy", "must specify -F to overwrite") is left
+out of what users read: it invites them to destroy more.
 """
 
 from __future__ import annotations
@@ -55,28 +56,32 @@ _PATTERNS = tuple(
     (re.compile(pattern), reason)
     for pattern, reason in (
         (r": most recent snapshot of \S+ does not match incremental source$", Reason.MISMATCH),
+        (r": not an earlier snapshot from the same fs$", Reason.MISMATCH),
         (r": destination \S+ has been modified since most recent snapshot$", Reason.MODIFIED),
         (r': destination \S+ contains partially-complete state from "zfs receive -s"\.$', Reason.PARTIAL),
-        (r"resume token is corrupt(?: \(.*\))?$", Reason.NOT_RESUMABLE),
-        (r" is no longer the same snapshot used in the initial send$", Reason.NOT_RESUMABLE),
-        (r" used in the initial send no longer exists$", Reason.NOT_RESUMABLE),
+        (r"^cannot resume send: ", Reason.NOT_RESUMABLE),
         (r": checksum mismatch or incomplete stream\.", Reason.CUT),
+        (r"^cannot receive: failed to read from stream$", Reason.CUT),
         (r" has children$", Reason.CHILDREN),
         (r" has dependent clones$", Reason.CLONES),
         (r": dataset is busy$", Reason.BUSY),
         (r": dataset already exists$", Reason.EXISTS),
-        (r": destination '\S+' exists(?: must specify -F to overwrite it)?$", Reason.EXISTS),
+        (r": destination '\S+' exists$", Reason.EXISTS),
         (r": tag already exists on this dataset$", Reason.EXISTS),
         (r": no such tag on this dataset$", Reason.MISSING),
-        (r": dataset does not exist$", Reason.MISSING),
+        (r": dataset does not exist(?: |$)", Reason.MISSING),
+        (r": destination '\S+' does not exist$", Reason.MISSING),
         (r": parent does not exist$", Reason.MISSING),
+        (r": no such pool$", Reason.MISSING),
         (r"^could not find any snapshots to destroy; check snapshot names\.$", Reason.MISSING),
+        (r"^'\S+' does not have any resumable receive state to abort$", Reason.MISSING),
         (r": out of space$", Reason.NO_SPACE),
         (r" space quota exceeded\.$", Reason.NO_SPACE),
         (r": size is greater than available space$", Reason.NO_SPACE),
         (r": permission denied$", Reason.DENIED),
     )
 )
+_ADVICE = re.compile(r" (?:use '-[rR]' to destroy |must specify -F to |A resuming stream can be |usage: )")
 
 
 class ZfsError(ImgStorageError):
@@ -89,8 +94,7 @@ class ZfsError(ImgStorageError):
 
 def words(stderr: str) -> str:
     """What stderr says, on one line, without the advice that may follow."""
-    text = " ".join(stderr.split())
-    return re.split(r" use '-[rR]' ", text, maxsplit=1)[0]
+    return _ADVICE.split(" ".join(stderr.split()), maxsplit=1)[0]
 
 
 def reason(stderr: str) -> Reason:

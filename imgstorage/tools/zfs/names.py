@@ -14,6 +14,7 @@ _PART = r"[A-Za-z0-9_][A-Za-z0-9_.:-]*"
 _DATASET = re.compile(rf"{_PART}(?:/{_PART})*")
 _SNAPSHOT = re.compile(rf"{_DATASET.pattern}@{_PART}")
 _BASE = re.compile(rf"{_DATASET.pattern}[@#]{_PART}")
+_BOOKMARK = re.compile(rf"{_DATASET.pattern}#{_PART}")
 _WORD = re.compile(_PART)
 _PROPERTY = re.compile(r"[a-z0-9][a-z0-9_.:-]*(?:@[A-Za-z0-9_.:-]+)?")
 _USER = re.compile(r"[a-z0-9][a-z0-9_.-]*:[a-z0-9_.:-]+")
@@ -47,6 +48,11 @@ def snapshot(text: str) -> str:
 def base(text: str) -> str:
     """``text`` if it names one snapshot or one bookmark, ``dataset#name``. Raises ``bad_name``."""
     return _checked(_BASE, text, "snapshot or bookmark")
+
+
+def bookmark(text: str) -> str:
+    """``text`` if it names one bookmark, ``dataset#name``. Raises ``bad_name``."""
+    return _checked(_BOOKMARK, text, "bookmark")
 
 
 def any_of(text: str) -> str:

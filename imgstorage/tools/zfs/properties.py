@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from imgstorage.tools.zfs import names
-from imgstorage.tools.zfs.errors import unexpected, zfs
+from imgstorage.tools.zfs.errors import Reason, ZfsError, unexpected, zfs
 
 NATIVE = (
     "type",
@@ -30,6 +30,7 @@ NATIVE = (
     "receive_resume_token",
 )
 INHERITED = "inherited from "
+MAX_DEPTH = 50  # ZFS_MAX_DATASET_NESTING (zfs 2.1: zfs_max_dataset_nesting)
 
 
 class Kind(str, Enum):
@@ -68,8 +69,9 @@ class Dataset:
     ``written_bytes`` were written since the newest snapshot. ``guid`` stays through renames; a received copy has
     another one (its snapshots have the sender's). ``createtxg`` orders what was made in one pool.
     ``volsize_bytes`` and ``volblocksize_bytes`` are 0 for a file system. ``origin`` is the snapshot that a clone
-    was made from, ``resume_token`` that of a receive that was interrupted; "" if there is none. ``user`` are those
-    of the user properties asked for that are set here or above.
+    was made from, ``resume_token`` that of a receive that is under way or was interrupted (what runs tells which);
+    "" if there is none. Until its first receive has ended, a volume has the size 0 and the wrong block size.
+    ``user`` are those of the user properties asked for that are set here or above.
     """
 
     name: str
@@ -240,10 +242,22 @@ def written_since(dataset: str, snapshot: str) -> int:
     Raises MISSING if there is no such snapshot, ``tool_output``.
     """
     prop = f"written@{names.tag(snapshot)}"
-    found = parse_get(zfs(get_argv(names.dataset(dataset), (prop,))))
-    return _number(found.get(dataset, {}), prop)
+    found = parse_get(zfs(get_argv(names.dataset(dataset), (prop,)))).get(dataset, {})
+    if prop not in found:  # zfs answers "-" for a snapshot that is not there
+        raise ZfsError(Reason.MISSING, f"{dataset} has no snapshot {snapshot}")
+    return _number(found, prop)
 
 
 def rows(dataset: str, columns: Sequence[str], kinds: Sequence[Kind], *, depth: int | None = 1) -> list[dict[str, str]]:
     """Columns of what is in a dataset, as zfs prints them, in the order of creation. Raises MISSING, ``tool_output``"""
     return parse_list(zfs(list_argv(names.dataset(dataset), columns, kinds, depth=depth)), columns)
+
+
+def own_property(dataset: str, name: str) -> list[tuple[str, int, str]]:
+    """The volumes in a dataset, at all levels, that have a user property set on themselves: name, guid, value.
+
+    Cheaper than :func:`datasets` for many. Raises MISSING, ``tool_output``.
+    """
+    found = parse_get(zfs(get_argv(names.dataset(dataset), ("guid", name), kinds=(Kind.VOLUME,), depth=MAX_DEPTH)))
+    own = [(volume, props) for volume, props in found.items() if name in props and props[name].source is Source.LOCAL]
+    return [(volume, _number(props, "guid"), props[name].value) for volume, props in own]

@@ -7,6 +7,12 @@ Streams are always made with ``-L -e -c``, in both directions: blocks as they ar
 rewrites blocks, and one without ``-L`` after one with it is refused. Never ``-p`` or ``-R``, so that a sender sets
 no property and destroys no snapshot on the receiver; never ``-F``, so that a receiver that diverged is refused.
 A resume token holds the flags of the stream that it goes on with.
+
+What they do that is not obvious
+* ``receive`` of a snapshot that is there already says nothing and ends with status 0: compare guids afterwards.
+* ``receive`` goes into a volume that somebody has open, too, and nobody is told.
+* A receive that was interrupted leaves its dataset with a token; a full stream then finds that it EXISTS, an
+  incremental one PARTIAL. While it runs, the token can be read already.
 """
 
 from __future__ import annotations
@@ -27,6 +33,10 @@ _TOKEN = re.compile(r"1-[0-9a-f]+-[0-9a-f]+-[0-9a-f]+")
 _ESTIMATE = re.compile(
     r"(?:full|incremental\t(?P<base>\S+))\t(?P<target>\S+)\t(?P<each>[0-9]+)\nsize\t(?P<size>[0-9]+)\n"
 )
+_TOKEN_TEXT = re.compile(
+    r"resume token contents:\nnvlist version: 0\n(?P<fields>(?:\t[a-z_]+ = \S+\n)+)(?P<rest>(?:full|incremental)\t.*)",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,14 +50,18 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Token:
-    """What a resume token says: the snapshot that is sent (``to_name`` on the sender, and its guid) and the guid of
-    its base (None: full); ``done_bytes`` of the stream have arrived, ``size_bytes`` are about what remains."""
+    """What a resume token says, and what it is worth here.
+
+    ``to_name`` is what the snapshot was called on the sender when sending began, ``to_guid`` what it is found by now,
+    in the whole pool; ``from_guid`` that of its base, None for a full stream. ``done_bytes`` of the stream have
+    arrived; ``rest`` is what would be sent now.
+    """
 
     to_name: str
     to_guid: int
     from_guid: int | None
     done_bytes: int
-    size_bytes: int
+    rest: Estimate
 
 
 # -- argv builders ------------------------------------------------------------------------------------------
@@ -116,12 +130,35 @@ def parse_estimate(text: str) -> Estimate:
     return Estimate(target=match["target"], base=match["base"] or "", size_bytes=int(match["size"]))
 
 
+def parse_token(text: str) -> Token:
+    """The output of :func:`token_argv`. Raises ``tool_output``."""
+    match = _TOKEN_TEXT.fullmatch(text)
+    if match is None:
+        raise unexpected("send", text)
+    fields = dict(line.strip().split(" = ", 1) for line in match["fields"].splitlines())
+    try:
+        return Token(
+            to_name=fields["toname"],
+            to_guid=int(fields["toguid"], 16),
+            from_guid=int(fields["fromguid"], 16) if "fromguid" in fields else None,
+            done_bytes=int(fields["bytes"], 16),
+            rest=parse_estimate(match["rest"]),
+        )
+    except (KeyError, ValueError) as error:
+        raise unexpected("send", error) from None
+
+
 # -- verbs --------------------------------------------------------------------------------------------------
 
 
 def estimate(snapshot: str, *, base: str = "") -> Estimate:
     """What sending a snapshot would move. Raises MISSING (the snapshot or its base), OTHER, ``tool_output``."""
     return parse_estimate(zfs(estimate_argv(snapshot, base=base), timeout_s=ESTIMATE_TIMEOUT_S))
+
+
+def token(text: str) -> Token:
+    """What a resume token says, and what it would send. Raises NOT_RESUMABLE: corrupt, or its snapshots are gone."""
+    return parse_token(zfs(token_argv(text), timeout_s=ESTIMATE_TIMEOUT_S))
 
 
 def abort(dataset: str) -> None:

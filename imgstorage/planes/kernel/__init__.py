@@ -1,0 +1,1 @@
+"""The kernel data plane: zvols, iSCSI, device-mapper, and copies by ``zfs send`` and ``zfs receive``."""

@@ -1,0 +1,367 @@
+"""The NAS side of the kernel data plane: :class:`KernelNas` is a :class:`core.ports.NasPlane`.
+
+It puts together volumes (zvols and stamps), targets, transfers and returns; each module has its own rules. Rules here
+
+* Every verb looks at the stamp before it acts: a volume whose head is not the stamped version is ``diverged`` and is
+  offered to nobody, nor is one with something verified that is not applied.
+* In sync mode the zvol is read-only and sealed before a target exists; the same grant may copy that snapshot over ssh.
+  In direct mode the zvol is writable, marked ``opened`` and has all its space reserved before a target exists, and the
+  LUN is synchronous.
+* Of one volume only targets of the newest grant exist. Older ones of ours are removed when a newer grant is exported.
+* A LUN's device is /dev/zdN, proven by the device itself. It is open as long as it is offered, so the number stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from imgstorage.core.errors import ImgStorageError
+from imgstorage.core.mapping import Generation, Mode, Volume
+from imgstorage.core.names import HostName, PoolName
+from imgstorage.core.ports import (
+    ExportSeen,
+    Grant,
+    ImageInfo,
+    Pool,
+    Portal,
+    ReturnKind,
+    ReturnPort,
+    Stamp,
+    Transfer,
+)
+from imgstorage.planes.common import images, names
+from imgstorage.planes.common.target import LUN, Offer, Targets
+from imgstorage.planes.common.versions import superseded
+from imgstorage.planes.kernel import contents, initiators, layout, snapshots, stamps, transfers
+from imgstorage.planes.kernel.pools import Pools
+from imgstorage.planes.kernel.returns import Returns
+from imgstorage.planes.kernel.stamps import Record
+from imgstorage.planes.kernel.transfers import Permit, Transfers
+from imgstorage.planes.kernel.volumes import Volumes
+from imgstorage.tools import blockdev
+from imgstorage.tools.run import which
+from imgstorage.tools.tgtadm import Target
+from imgstorage.tools.zfs import datasets
+
+PROGRAMS = ("zfs", "zpool", "tgtd", "tgtadm", "qemu-img", "sshd", "ssh-keygen", "blockdev", transfers.COMMAND)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NasSettings:
+    """Where a NAS keeps its things, and where it is reached.
+
+    ``state_dir`` has at most 100 bytes (a socket is in it); ``address`` and ``port`` are the iSCSI portal,
+    ``transfer_port`` that of its ssh server. ``know_by``: :mod:`initiators`.
+    """
+
+    state_dir: Path
+    pools: tuple[PoolName, ...]
+    import_dirs: tuple[Path, ...]
+    address: str
+    port: int
+    transfer_port: int
+    know_by: str = initiators.AUTO
+
+
+class KernelNas:
+    """Volumes as zvols, offered by a tgtd of its own, copied through an sshd of its own."""
+
+    def __init__(self, settings: NasSettings) -> None:
+        self._settings = settings
+        self._pools = Pools(settings.pools)
+        self._volumes = Volumes(self._pools)
+        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._targets = Targets(settings.state_dir, settings.address, settings.port)
+        self._transfers = Transfers(settings.state_dir, settings.address, settings.transfer_port)
+        self._returns = Returns(self._volumes, self._transfers, self._close_targets)
+
+    # -- the plane itself ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """As :meth:`NasPlane.start`. Raises ``conflict`` too, if the portal is taken."""
+        for program in PROGRAMS:
+            which(program)
+        self._volumes.sweep()
+        self._targets.ensure()
+        self._transfers.ensure()
+
+    def tend(self) -> bool:
+        """As :meth:`NasPlane.tend`."""
+        self._transfers.ensure()
+        return self._targets.ensure()
+
+    def stop(self) -> None:
+        """As :meth:`NasPlane.stop`."""
+        self._transfers.stop()
+        self._targets.stop()
+
+    @property
+    def target_pid(self) -> int | None:
+        """The target daemon's process id; None if it does not run."""
+        return self._targets.pid
+
+    @property
+    def transfer_pid(self) -> int | None:
+        """The ssh server's process id; None if it does not run."""
+        return self._transfers.pid
+
+    def pools(self) -> Sequence[Pool]:
+        """As :meth:`NasPlane.pools`."""
+        return self._pools.pools()
+
+    # -- volumes ---------------------------------------------------------------------------------------------
+
+    def create(self, volume: Volume) -> None:
+        """As :meth:`NasPlane.create`."""
+        self._volumes.create(volume)
+
+    def image_info(self, path: str) -> ImageInfo:
+        """As :meth:`NasPlane.image_info`."""
+        return images.inspect(path, self._settings.import_dirs)
+
+    def import_image(self, volume: Volume, image: ImageInfo) -> None:
+        """As :meth:`NasPlane.import_image`."""
+        contents.fill(self._volumes, volume, image, self._settings.import_dirs)
+
+    def dump(self, volume: Volume, path: str) -> None:
+        """As :meth:`NasPlane.dump`. Raises ``in_use`` while a container may write: the version is not complete."""
+        contents.dump(self._volumes, volume, path, self._settings.import_dirs)
+
+    def trash(self, volume: Volume) -> None:
+        """As :meth:`NasPlane.trash`. Raises ``in_use`` too while something verified waits to be applied."""
+        found = self._volumes.look(volume)
+        if found is None:
+            return
+        if self._targets_of(found.name):
+            raise ImgStorageError("in_use", f"{volume} is exported")
+        known = self._volumes.record(volume)
+        if known is not None and known.back is not None:
+            if known.back.version:
+                raise ImgStorageError("in_use", f"what came back of {volume} was verified and is not applied yet")
+            if known.folding is None:
+                self._returns.drop(volume, found.name, known)
+        self._transfers.forget(lambda permit: permit.volume == volume.uuid)
+        self._volumes.trash(volume)
+
+    def empty_trash(self, older_than_s: float) -> int:
+        """As :meth:`NasPlane.empty_trash`."""
+        return self._volumes.empty_trash(older_than_s)
+
+    def stamp(self, stamp: Stamp) -> None:
+        """As :meth:`NasPlane.stamp`. A volume that a writer has left is sealed when it is stamped as at rest."""
+        known = self._volumes.stamp(stamp)
+        dataset = self._volumes.place(stamp.volume)
+        if stamp.holder is None and known.opened and known.folding is None and not self._targets_of(dataset):
+            self._seal(dataset, known)
+
+    def stamps(self) -> Sequence[Stamp]:
+        """As :meth:`NasPlane.stamps`."""
+        return self._volumes.stamps()
+
+    # -- exports ---------------------------------------------------------------------------------------------
+
+    def export(self, grant: Grant, secret: str) -> Portal:
+        """As :meth:`NasPlane.export`. Raises ``stale_generation``, ``conflict``, ``bad_name``, ``no_space`` too: in
+        direct mode all of the volume's space is reserved."""
+        dataset, known = self._current(grant)
+        iqn = names.target_name(grant.nas, grant.volume.name, grant.generation, grant.container)
+        gone = {target.name for target in superseded(grant, iqn, self._targets_of(dataset))}
+        self._targets.remove(lambda target: target.name in gone)
+        known = self._without_back(grant, dataset, known)
+        if known.opened and known.opened != str(grant.generation):
+            known = self._seal(dataset, known)
+        transfer = None
+        if grant.mode is Mode.DIRECT:
+            self._open(dataset, known, grant.generation)
+        else:
+            transfer = self._hydrate_permit(grant, dataset, known)
+        return self._offer(grant, iqn, "", secret, dataset, writable=grant.mode is Mode.DIRECT, transfer=transfer)
+
+    def _without_back(self, grant: Grant, dataset: str, known: Record) -> Record:
+        back = known.back
+        if back is None:
+            return known
+        if back.version or known.folding is not None:
+            raise ImgStorageError("diverged", f"what came back of {grant.volume} is not applied yet")
+        if back.generation == grant.generation:
+            raise ImgStorageError("conflict", f"what {grant.container} changed in {grant.volume} is coming back")
+        return self._returns.drop(grant.volume, dataset, known)
+
+    def _open(self, dataset: str, known: Record, generation: Generation) -> None:
+        """Let a target write to a volume."""
+        if not known.opened:
+            stamps.save(dataset, replace(known, opened=str(generation)))
+        datasets.set_properties(dataset, {"refreservation": "auto"})
+        datasets.set_properties(dataset, {"readonly": "off"})
+
+    def _seal(self, dataset: str, known: Record) -> Record:
+        """A writer has left: what it wrote is the version's bytes."""
+        sealed = snapshots.seal(dataset, layout.direct_snapshot(known.opened))
+        known = stamps.save(dataset, replace(known, sealed=sealed, opened=""))
+        snapshots.prune(dataset, {sealed.name})
+        return known
+
+    def _hydrate_permit(self, grant: Grant, dataset: str, known: Record) -> Transfer:
+        assert known.sealed is not None  # noqa: S101  (a volume that was never sealed is not current)
+        datasets.set_properties(dataset, {"readonly": "on"})
+        return self._transfers.permit(
+            Permit(
+                identity=transfers.identity(grant.volume.uuid, grant.generation, 0),
+                volume=grant.volume.uuid,
+                generation=grant.generation,
+                container=grant.container,
+                dataset=dataset,
+                snapshot=known.sealed.name,
+                guid=known.sealed.guid,
+            )
+        )
+
+    def unexport(self, volume: Volume, generation: Generation, container: HostName | None = None) -> None:
+        """As :meth:`NasPlane.unexport`; a way back is closed, and can be opened again.
+
+        It works while the pool is not there too: the name and the grant, which is random, have to do.
+        """
+
+        def of_grant(target: Target) -> bool:
+            name = names.parse_target(target.name)
+            if name is None or name.generation != generation:
+                return False
+            if container is not None and name.container != names.short(container):
+                return False
+            dataset = self._dataset_of(target)
+            if dataset is not None and self._pools.owns(dataset):
+                return dataset == layout.zvol(volume.pool, volume.name)
+            return name.body.endswith(f"-{names.in_iqn(volume.name)}")
+
+        def mine(permit: Permit) -> bool:
+            return (permit.volume, permit.generation) == (volume.uuid, generation) and (
+                container in (None, permit.container)
+            )
+
+        self._targets.remove(of_grant)
+        self._transfers.forget(lambda permit: mine(permit) and not permit.attempt)
+        self._transfers.close(lambda permit: mine(permit) and not permit.closed)
+
+    def exports(self) -> Sequence[ExportSeen]:
+        """As :meth:`NasPlane.exports`."""
+        found = []
+        for target in self._targets.seen():
+            name, dataset = names.parse_target(target.name), self._dataset_of(target)
+            ours = dataset if dataset is not None and self._pools.owns(dataset) else None
+            found.append(
+                ExportSeen(
+                    iqn=target.name,
+                    volume_name=ours.rpartition("/")[2] if name is not None and ours else "",
+                    generation=str(name.generation) if name is not None and ours else None,
+                    sessions=len(target.sessions),
+                )
+            )
+        return found
+
+    # -- the way back ----------------------------------------------------------------------------------------
+
+    def open_return(self, grant: Grant, kind: ReturnKind, attempt: int, secret: str) -> ReturnPort:
+        """As :meth:`NasPlane.open_return`. Readers of the volume are cut off: what comes goes into it."""
+        if grant.mode is not Mode.SYNC:
+            raise ImgStorageError("not_allowed", f"{grant.volume} is mapped in direct mode: nothing comes back")
+        dataset, known = self._current(grant)
+        iqn = names.return_name(grant.nas, grant.volume.name, grant.generation, grant.container, attempt)
+        self._close_targets(dataset, but=iqn)
+        self._transfers.forget(lambda permit: permit.volume == grant.volume.uuid and permit.attempt != attempt)
+        known = self._returns.begin(grant, kind, attempt, dataset, known)
+        back = known.back
+        assert back is not None  # noqa: S101  (just begun)
+        port = ReturnPort(kind=kind, attempt=attempt, base_version=back.base_version)
+        if kind is not ReturnKind.FOLD:
+            return replace(port, transfer=self._returns.permit(grant, dataset, back))
+        if not back.version:
+            self._open(dataset, known, grant.generation)
+        purpose = f"return {attempt}"
+        portal = self._portal(grant, iqn, purpose, secret, writable=True)
+        if not back.version:
+            self._offer(grant, iqn, purpose, secret, dataset, writable=True)
+        return replace(port, portal=portal)
+
+    def verify_return(self, grant: Grant, attempt: int, digest: str) -> str:
+        """As :meth:`NasPlane.verify_return`."""
+        return self._returns.verify(grant, attempt, digest)
+
+    def apply_return(self, grant: Grant, version: str) -> None:
+        """As :meth:`NasPlane.apply_return`. Raises ``not_found`` if nothing was verified as that version."""
+        self._returns.apply(grant, version)
+
+    def drop_return(self, grant: Grant) -> None:
+        """As :meth:`NasPlane.drop_return`. What was verified stays, and what a fold wrote, which is nowhere else."""
+        known = self._volumes.record(grant.volume)
+        back = known.back if known is not None else None
+        if known is None or back is None or back.version or back.generation != grant.generation:
+            return
+        dataset = self._volumes.place(grant.volume)
+        if known.folding is not None:
+            self._close_targets(dataset)
+        else:
+            self._returns.drop(grant.volume, dataset, known)
+
+    # -- helpers ---------------------------------------------------------------------------------------------
+
+    def _current(self, grant: Grant) -> tuple[str, Record]:
+        """Dataset and stamp of a volume that is the stamped version, and stamped for this grant."""
+        dataset, known = self._volumes.checked(grant.volume)
+        if known.stamp.generation != grant.generation:
+            raise ImgStorageError(
+                "stale_generation", f"{grant.volume} is granted as {known.stamp.generation}, not {grant.generation}"
+            )
+        return dataset, known
+
+    def _portal(
+        self, grant: Grant, iqn: str, purpose: str, secret: str, *, writable: bool, transfer: Transfer | None = None
+    ) -> Portal:
+        return Portal(
+            address=self._settings.address,
+            port=self._settings.port,
+            iqn=iqn,
+            lun=LUN,
+            serial=names.serial(grant.volume.uuid, grant.generation, purpose),
+            user=names.chap_user(grant.volume.uuid, iqn),
+            secret=secret,
+            writable=writable,
+            transfer=transfer,
+        )
+
+    def _offer(
+        self,
+        grant: Grant,
+        iqn: str,
+        purpose: str,
+        secret: str,
+        dataset: str,
+        *,
+        writable: bool,
+        transfer: Transfer | None = None,
+    ) -> Portal:
+        portal = self._portal(grant, iqn, purpose, secret, writable=writable, transfer=transfer)
+        offer = Offer(
+            iqn=iqn,
+            path=self._volumes.device(dataset, grant.volume.size_bytes).path,
+            serial=portal.serial,
+            user=portal.user,
+            initiator=names.initiator_name(grant.container),
+            address=initiators.address(grant.container, self._settings.address, self._settings.know_by),
+            readonly=not writable,
+        )
+        self._targets.offer(offer, secret, lambda _: [])
+        return portal
+
+    def _targets_of(self, dataset: str) -> list[Target]:
+        return [target for target in self._targets.seen() if self._dataset_of(target) == dataset]
+
+    def _close_targets(self, dataset: str, but: str = "") -> None:
+        self._targets.remove(lambda target: target.name != but and self._dataset_of(target) == dataset)
+
+    @staticmethod
+    def _dataset_of(target: Target) -> str | None:
+        """The zvol that a target offers; None for none, or one that is gone."""
+        lun = target.lun(LUN)
+        return None if lun is None else blockdev.linked_zvols().get(lun.path)
