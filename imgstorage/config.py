@@ -49,27 +49,37 @@ class DaemonConfig:
 
 @dataclass(frozen=True)
 class NasConfig(DaemonConfig):
-    """``img-storage-nas``: pools by name, where images may be imported from, the address targets listen on."""
+    """``img-storage-nas``: pools by name, where images may be imported from, the address targets listen on.
+
+    Kernel plane: ``zpools`` instead of ``pools``, and the port of the NAS's own ssh server for transfers.
+    """
 
     plane: str
     pools: Mapping[PoolName, Path]
+    zpools: tuple[PoolName, ...]
     import_dirs: tuple[Path, ...]
     address: str
     port: int
+    transfer_port: int
     trash_s: float
 
 
 @dataclass(frozen=True)
 class ContainerConfig(DaemonConfig):
-    """``img-storage-vm``: pools by name, where devices appear, whether FUSE is used (auto, on, off).
+    """``img-storage-vm``, for either data plane.
 
-    ``reserve`` is the share of what a volume may take at its worst that must be free before it is taken.
+    Userspace: ``pools`` by name, whether FUSE is used (auto, on, off), ``reserve``: the share of what a volume may
+    take at its worst that must be free before it is taken. Kernel: ``zpools`` (or datasets below one), the share of a
+    volume that a COW device can take, the limit of a way back.
     """
 
     plane: str
     pools: Mapping[PoolName, Path]
+    zpools: tuple[PoolName, ...]
     default_pool: PoolName | None
     run_dir: Path
+    cow_percent: int
+    return_speed_bytes_s: int
     fuse: str
     copy_speed_bytes_s: int
     watermark_bytes: int
@@ -166,6 +176,13 @@ class Section:
                     raise error if error.code == "bad_config" else self.bad(key, error.message) from None
         if not found:
             raise self.bad("pool.NAME", "no pool is configured")
+        return found
+
+    def zpools(self) -> tuple[PoolName, ...]:
+        """``zpools = tank, pond/vms``: at least one."""
+        found = tuple(self._checked("zpools", names.pool_name, word) for word in self.words("zpools"))
+        if not found:
+            raise self.bad("zpools", "is missing")
         return found
 
     def per_host(self, key: str) -> dict[HostName, bool]:
@@ -273,14 +290,17 @@ def load_nas(path: Path) -> NasConfig:
     sections = _read(path)
     daemon, nas = _section(path, sections, "daemon"), _section(path, sections, "nas")
     broker = _section(path, sections, "broker")
-    pools = nas.pools()
+    plane = nas.choice("plane", ("userspace", "kernel"), "userspace")
+    kernel = plane == "kernel"
     config = NasConfig(
         **_common(daemon, broker),  # type: ignore[arg-type]
-        plane=nas.choice("plane", ("userspace",), "userspace"),
-        pools=pools,
+        plane=plane,
+        pools={} if kernel else nas.pools(),
+        zpools=nas.zpools() if kernel else (),
         import_dirs=tuple(Path(word) for word in nas.words("import_dirs")),
         address=nas.text("address", "127.0.0.1"),
         port=nas.integer("port", 3260, 1, 65535),
+        transfer_port=nas.integer("transfer_port", 3261, 1, 65535) if kernel else 0,
         trash_s=float(nas.integer("trash_hours", 24, 0, 24 * 3650)) * 3600,
     )
     for folder in config.import_dirs:
@@ -295,20 +315,27 @@ def load_container(path: Path) -> ContainerConfig:
     sections = _read(path)
     daemon, container = _section(path, sections, "daemon"), _section(path, sections, "container")
     broker = _section(path, sections, "broker")
-    pools = container.pools()
-    default = container.pool("vm_container_zpool", next(iter(pools)) if len(pools) == 1 else None)
+    plane = container.choice("plane", ("userspace", "kernel"), "userspace")
+    kernel = plane == "kernel"
+    pools = {} if kernel else container.pools()
+    zpools = container.zpools() if kernel else ()
+    names_here = zpools or tuple(pools)
+    default = container.pool("vm_container_zpool", names_here[0] if len(names_here) == 1 else None)
     config = ContainerConfig(
         **_common(daemon, broker),  # type: ignore[arg-type]
-        plane=container.choice("plane", ("userspace",), "userspace"),
+        plane=plane,
         pools=pools,
+        zpools=zpools,
         default_pool=default,
         run_dir=container.path("run_dir", "/run/imgstorage"),
-        fuse=container.choice("fuse", ("auto", "on", "off"), "auto"),
         copy_speed_bytes_s=container.size("copy_speed", 0),
-        watermark_bytes=container.size("watermark", 64 << 20),
-        reserve=container.integer("reserve_percent", 100, 0, 100) / 100,
+        return_speed_bytes_s=container.size("return_speed", 0) if kernel else 0,
+        cow_percent=container.integer("cow_percent", 100, 1, 100) if kernel else 100,
+        fuse="off" if kernel else container.choice("fuse", ("auto", "on", "off"), "auto"),
+        watermark_bytes=0 if kernel else container.size("watermark", 64 << 20),
+        reserve=1.0 if kernel else container.integer("reserve_percent", 100, 0, 100) / 100,
     )
-    if config.default_pool is not None and config.default_pool not in pools:
+    if config.default_pool is not None and config.default_pool not in names_here:
         raise container.bad("vm_container_zpool", f"{config.default_pool!r} is none of the pools configured here")
     _ended(path, sections, daemon, container)
     return config

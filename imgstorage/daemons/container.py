@@ -7,16 +7,32 @@ from collections.abc import Sequence
 
 from imgstorage.bus import topology
 from imgstorage.config import ContainerConfig, DaemonConfig, load_container
+from imgstorage.core.ports import ContainerPlane
 from imgstorage.daemons import process
 from imgstorage.engine.container import ContainerEngine
 from imgstorage.engine.world import World
+from imgstorage.planes.kernel import container_settings
+from imgstorage.planes.kernel.container import KernelContainer
 from imgstorage.planes.userspace.container import UserspaceContainer
 from imgstorage.planes.userspace.settings import ContainerSettings
 from imgstorage.store.container import ContainerStore
 
 
-def plane(config: ContainerConfig) -> UserspaceContainer:
+def plane(config: ContainerConfig) -> ContainerPlane:
     """The data plane that the configuration names."""
+    if config.plane == "kernel":
+        return KernelContainer(
+            container_settings.ContainerSettings(
+                host=config.host,
+                state_dir=config.state_dir,
+                run_dir=config.run_dir,
+                pools=config.zpools,
+                default_pool=config.default_pool,
+                cow_percent=config.cow_percent,
+                copy_speed_bytes_s=config.copy_speed_bytes_s,
+                return_speed_bytes_s=config.return_speed_bytes_s,
+            )
+        )
     return UserspaceContainer(
         ContainerSettings(
             host=config.host,

@@ -7,15 +7,32 @@ from collections.abc import Sequence
 
 from imgstorage.bus import topology
 from imgstorage.config import DaemonConfig, NasConfig, load_nas
+from imgstorage.core.ports import NasPlane
 from imgstorage.daemons import process
 from imgstorage.engine.nas import NasEngine
 from imgstorage.engine.world import World
+from imgstorage.planes.kernel.nas import KernelNas
+from imgstorage.planes.kernel.nas import NasSettings as KernelSettings
 from imgstorage.planes.userspace.nas import NasSettings, UserspaceNas
 from imgstorage.store.nas import NasStore
 
 
-def plane(config: NasConfig) -> UserspaceNas:
-    """The data plane that the configuration names."""
+def kernel(config: NasConfig) -> KernelNas:
+    """The kernel data plane, as configured."""
+    return KernelNas(
+        KernelSettings(
+            state_dir=config.state_dir,
+            pools=config.zpools,
+            import_dirs=config.import_dirs,
+            address=config.address,
+            port=config.port,
+            transfer_port=config.transfer_port,
+        )
+    )
+
+
+def userspace(config: NasConfig) -> UserspaceNas:
+    """The userspace data plane, as configured."""
     return UserspaceNas(
         NasSettings(
             state_dir=config.state_dir,
@@ -25,6 +42,11 @@ def plane(config: NasConfig) -> UserspaceNas:
             port=config.port,
         )
     )
+
+
+def plane(config: NasConfig) -> NasPlane:
+    """The data plane that the configuration names."""
+    return kernel(config) if config.plane == "kernel" else userspace(config)
 
 
 def build(config: DaemonConfig, world: World) -> NasEngine:

@@ -1,8 +1,10 @@
 """Commands of dmsetup and what they print, without running any.
 
-udev: every command that makes or removes a node has ``--noudevrules --noudevsync`` (:data:`NO_UDEV`). dmsetup then
-makes or removes /dev/mapper/NAME itself before it returns, a udev that runs leaves that name alone, and nobody waits
-for udev, which would be for ever where its socket is there and its rules are not. udev may still open a new device
+udev: every command that makes or removes a node has ``--verifyudev --noudevrules --noudevsync`` (:data:`NO_UDEV`).
+dmsetup then makes or removes /dev/mapper/NAME itself before it returns, a udev that runs leaves that name alone, and
+nobody waits for udev. Tried with udev running, stopped, killed, and killed without its socket: this works in all;
+without these flags dmsetup hangs in the second and third (and leaves a semaphore) and makes no node in the last.
+``--noudevrules`` alone, whatever dmsetup(8) says, leaves nobody to make the node. udev may still open a new device
 for a moment to see what is in it, so ``remove`` always has ``--retry``. A removal is never deferred: it has happened
 when the command returns, or not at all.
 """
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 
 from imgstorage.core.errors import ImgStorageError
 
-NO_UDEV = ("--noudevrules", "--noudevsync")
+NO_UDEV = ("--verifyudev", "--noudevrules", "--noudevsync")
 MAX_NAME = 127
 MAX_UUID = 128
 _WORD = re.compile(r"[A-Za-z0-9#+:=@_][A-Za-z0-9#+.:=@_-]*")
@@ -111,6 +113,11 @@ def resume_argv(device: str) -> list[str]:
 def remove_argv(device: str) -> list[str]:
     """Remove a device that nobody has open, trying for some seconds. Raises ``bad_name``."""
     return ["dmsetup", "remove", "--retry", *NO_UDEV, name(device)]
+
+
+def rename_argv(device: str, new: str) -> list[str]:
+    """Another name for a device, also while it is open. Raises ``bad_name``."""
+    return ["dmsetup", "rename", *NO_UDEV, name(device), name(new)]
 
 
 def message_argv(device: str, text: str) -> list[str]:

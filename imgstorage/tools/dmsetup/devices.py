@@ -5,13 +5,17 @@ Exit status: 1 for whatever failed; the reason is on stderr, that of the kernel 
 What it does that is not obvious
 * ``reload`` reads the metadata of a COW device at once: suspend before it, never after.
 * ``suspend`` waits for what is under way. On a dead iSCSI session that is for ever: it has a deadline.
-* ``resume`` makes the table live that was loaded last; without one it only resumes.
+* ``resume`` makes the table live that was loaded last; without one it only resumes. Some of what is wrong with a
+  table (a device that is too small) only it finds: it fails then, that table is gone, and the device is still
+  suspended with the old one until it is resumed again.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.tools.dmsetup import commands
@@ -19,26 +23,33 @@ from imgstorage.tools.dmsetup.commands import Info
 from imgstorage.tools.dmsetup.tables import Segment, Status, parse_status, parse_table
 from imgstorage.tools.run import Result, run
 
+MAPPER = Path("/dev/mapper")
 TIMEOUT_S = 20.0
 SUSPEND_TIMEOUT_S = 30.0
 
 _IOCTL = re.compile(r"device-mapper: ([a-z-]+) ioctl on .* failed: (.+)")
 _MISSING = "No such device or address"
 _TAKEN = "Device or resource busy"
-_NOT_FOUND = re.compile(r"Device \S+ not found")
+_NOT_THERE = "Device does not exist."
 
 
 def refusal(result: Result) -> ImgStorageError:
     """The error for a command that failed: ``not_found``, ``in_use``, ``exists`` or ``tool_failed``.
 
-    The kernel says of a name that is taken what it says of a device that somebody has open: what was asked decides.
+    Of a name or uuid that is taken the kernel says what it says of a device that somebody has open: the command
+    decides. A device that a table names and that is missing is "No such device", without "or address".
     """
-    lines = [line.strip() for line in result.stderr.split("\n")]
-    failed = [match for match in map(_IOCTL.fullmatch, lines) if match is not None]
+    lines = [line.strip() for line in result.stderr.split("\n") if line.strip()]
+    failed = [(match[1], match[2]) for match in map(_IOCTL.fullmatch, lines) if match is not None]
     verb = result.argv[1]
-    if any(match[2] == _MISSING and match[1] == verb for match in failed) or any(map(_NOT_FOUND.fullmatch, lines)):
-        return ImgStorageError("not_found", f"there is no such device for 'dmsetup {verb}': {result.argv[2:]}")
-    raise NotImplementedError
+    why = lines[0] if lines else "no reason given"
+    if _NOT_THERE in lines or (verb, _MISSING) in failed:
+        return ImgStorageError("not_found", f"'dmsetup {verb}': there is no such device: {why}")
+    if (verb, _TAKEN) in failed:
+        if verb == "create":
+            return ImgStorageError("exists", f"a device-mapper device has that name or uuid already: {why}")
+        return ImgStorageError("in_use", f"'dmsetup {verb}': the device is in use: {why}")
+    return ImgStorageError("tool_failed", f"'dmsetup {verb}' ended with status {result.exit_status}: {why}")
 
 
 def _run(argv: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> str:
@@ -48,14 +59,29 @@ def _run(argv: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> str:
     return result.stdout
 
 
+def path(device: str) -> Path:
+    """What users of a device open."""
+    return MAPPER / commands.name(device)
+
+
 def create(device: str, table: str, *, dm_uuid: str, readonly: bool = False) -> Info:
-    """Make a device. Raises ``exists`` (the name or the uuid), ``tool_failed`` (the table), ``bad_name``."""
+    """Make a device, and see that its node is there.
+
+    Raises ``exists`` (the name or the uuid), ``tool_failed`` (the table; nothing is left of the device), ``bad_name``.
+    """
     _run(commands.create_argv(device, table, dm_uuid=dm_uuid, readonly=readonly))
-    return info(device)
+    made = info(device)
+    try:
+        number = os.stat(path(device)).st_rdev
+    except OSError as error:
+        raise ImgStorageError("tool_output", f"'dmsetup create' made no node for {device}: {error}") from None
+    if number != os.makedev(made.major, made.minor):
+        raise ImgStorageError("tool_output", f"{path(device)} is the node of another device than {made.number}")
+    return made
 
 
 def reload(device: str, table: str, *, readonly: bool = False) -> None:
-    """Load a table; the device must be suspended first. Raises ``not_found``, ``tool_failed``."""
+    """Load a table; suspend the device first. Raises ``not_found``, ``tool_failed`` (not all that is wrong with it)."""
     _run(commands.reload_argv(device, table, readonly=readonly))
 
 
@@ -70,7 +96,10 @@ def suspend(device: str, *, flush: bool = True, lockfs: bool = True, timeout_s: 
 
 
 def resume(device: str) -> None:
-    """Let I/O go on, through the table loaded last. Raises ``not_found``, ``tool_failed``."""
+    """Let I/O go on, through the table loaded last.
+
+    Raises ``not_found``; ``tool_failed`` for that table: resume once more, and I/O goes on through the old one.
+    """
     _run(commands.resume_argv(device))
 
 
@@ -105,6 +134,11 @@ def table(device: str, *, inactive: bool = False) -> list[Segment]:
 def status(device: str) -> list[Status]:
     """How a device's live table is doing. Raises ``not_found``, ``tool_output``."""
     return parse_status(_run(commands.status_argv(device)))
+
+
+def rename(device: str, new: str) -> None:
+    """Give a device another name, also while it is open. Raises ``not_found``, ``exists``."""
+    _run(commands.rename_argv(device, new))
 
 
 def with_target(target: str) -> list[str]:

@@ -9,7 +9,9 @@ prints devices as ``major:minor``, whatever they were given as. Arguments (drive
 * ``error``
 
 Status arguments are nothing but for a snapshot or its merge: one of ``Invalid``, ``Merge failed``, ``Overflow``,
-``Unknown``, or ``ALLOCATED/TOTAL METADATA`` in sectors of the COW device.
+``Unknown``, or ``ALLOCATED/TOTAL METADATA`` in sectors of the COW device. ``Invalid`` is written on the COW device
+and outlives a reboot; ``Overflow`` and ``Merge failed`` are not: a device made anew shows figures. The table of a
+merge that is not live yet shows a chunk of 0.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Mode(str, Enum):
 
 
 class State(str, Enum):
-    """How a snapshot is. Only OK and MERGE_FAILED have figures or may have; an INVALID one fails all I/O for good."""
+    """How a snapshot is. Only OK comes with figures; an INVALID one fails all I/O, for good."""
 
     OK = "ok"
     INVALID = "Invalid"
@@ -134,6 +136,12 @@ class Status:
     metadata_sectors: int = 0
 
     @property
+    def full(self) -> bool:
+        """Whether a snapshot has no room left for another chunk."""
+        figures = self.state is State.OK and self.total_sectors > 0
+        return self.state is State.OVERFLOW or (figures and self.allocated_sectors >= self.total_sectors)
+
+    @property
     def merged(self) -> bool:
         """Whether a merge has nothing left to do."""
         done = self.state is State.OK and self.allocated_sectors == self.metadata_sectors
@@ -157,6 +165,8 @@ def _unexpected(verb: str, line: str) -> ImgStorageError:
 def _lines(verb: str, text: str) -> list[re.Match[str]]:
     if text and not text.endswith("\n"):
         raise _unexpected(verb, text[-200:])
+    if text == "\n":
+        return []
     found = []
     position = 0
     for line in text.split("\n")[:-1]:
@@ -169,7 +179,7 @@ def _lines(verb: str, text: str) -> list[re.Match[str]]:
 
 
 def parse_table(text: str) -> list[Segment]:
-    """The output of ``table`` for one device; nothing if it has no live table.
+    """The output of ``table`` for one device: no segments if there is no such table (it prints an empty line).
 
     Raises ``tool_output``, for a kind of target that this project never uses too.
     """
@@ -202,7 +212,7 @@ def _device(text: str) -> str:
 
 
 def parse_status(text: str) -> list[Status]:
-    """The output of ``status`` for one device; nothing if it has no live table. Raises ``tool_output``."""
+    """The output of ``status`` for one device; no lines if it has no live table. Raises ``tool_output``."""
     return [_status(m) for m in _lines("status", text)]
 
 
