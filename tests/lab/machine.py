@@ -14,6 +14,8 @@ from tests.lab.network import PREFIX_LENGTH, guest_address, guest_mac
 GIB = 1 << 30
 STATE_BYTES = 4 * GIB
 AGENT = "lab.agent"
+LOG = "lab.log"
+"""What a guest writes to this port is in its folder's file ``log`` on this machine, whatever becomes of the guest."""
 KERNEL_ARGUMENTS = (
     "console=ttyS0 loglevel=4 panic=-1 mitigations=off nopti nokaslr tsc=reliable no_timer_check audit=0 apparmor=0 "
     "random.trust_cpu=on net.ifnames=0 rcupdate.rcu_expedited=1 nowatchdog"
@@ -59,6 +61,8 @@ def qemu_argv(machine: Machine, index: int, names: Sequence[str], images: Images
     argv += ["-qmp", f"unix:{folder}/qmp,server=on,wait=off"]
     argv += ["-device", "virtio-serial-pci", "-chardev", f"socket,id=agent,path={folder}/agent,server=on,wait=off"]
     argv += ["-device", f"virtserialport,chardev=agent,name={AGENT}"]
+    argv += ["-chardev", f"file,id=log,path={folder}/log,append=on"]
+    argv += ["-device", f"virtserialport,chardev=log,name={LOG}"]
     argv += ["-netdev", f"tap,id=net,ifname={tap},script=no,downscript=no"]
     argv += ["-device", f"virtio-net-pci,id=nic,netdev=net,mac={guest_mac(index)},romfile="]
     for serial, path in (("root", images.root), ("code", images.code)):
