@@ -204,9 +204,10 @@ class Cluster:
         self[host].put(f"/etc/imgstorage/{CONFIGS[role]}", ("\n".join(lines) + "\n").encode(), 0o600)
 
     def _write_frontend(self) -> None:
+        containers = " ".join(guest.name for guest in self.containers())
         lines = ["[daemon]", "host = frontend", f"state_dir = {self._folder / 'frontend'}", "",
                  self._broker_section("frontend", self._secret("frontend")), "[frontend]", f"nas_hosts = {NAS}",
-                 f"container_hosts = {' '.join(guest.name for guest in self.containers())}", "img_sync = yes"]  # fmt: skip
+                 f"container_hosts = {containers}", "img_sync = yes"]  # fmt: skip
         write_private(self._folder / "frontend.conf", "\n".join(lines) + "\n")
 
     def _broker_section(self, user: str, password_file: Path) -> str:
@@ -295,6 +296,15 @@ class Cluster:
         """``remove host storagemap``, up to the end."""
         self.well(f"remove host storagemap {NAS} {volume} {' '.join(words)}", within_s)
         assert self.row(volume)["state"] == "unmapped"
+
+    def wait_local(self, volume: str, within_s: float = SETTLE_S) -> None:
+        """Wait until a volume is whole on its container and needs its NAS no more."""
+        self.wait_phase(volume, "local", within_s=within_s)
+
+    def wait_device(self, device: str, host: str = CONTAINER, within_s: float = READY_S) -> None:
+        """Wait until a device is there (again) and can be read."""
+        code = "import os\ntry: result = len(os.pread(os.open(path, os.O_RDONLY), 512, 0))\nexcept OSError: result = 0"
+        self[host].wait_python(code, within_s, path=device)
 
     def writer(self, volume: str, device: str, host: str = CONTAINER, **options: Any) -> Writer:
         """A guest that writes to a device, as a process on its container."""

@@ -8,8 +8,12 @@ cut), once.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from tests.lab.cluster import Cluster
 from tests.lab.guest import Guest
 
 PLACE = "/usr/local/sbin"
@@ -44,7 +48,7 @@ class Strike:
     def arm(self, guest: Guest) -> None:
         """From now on in this guest."""
         guest.run(["rm", "-f", STRUCK, "/run/strike.calls"])
-        real = guest.run(["sh", "-c", f"PATH=/usr/sbin:/usr/bin:/sbin:/bin command -v {self.tool}"]).stdout.strip()
+        real = real_path(guest, self.tool)
         text = SHELL.format(
             pattern=f"*' '{shlex.quote(self.words)}' '*", nth=self.nth, when=self.when, struck=STRUCK,
             kill=KILLS[self.what], real=real,
@@ -61,3 +65,44 @@ class Strike:
     def disarm(self, guest: Guest) -> None:
         """The tool itself again."""
         guest.run(["rm", "-f", f"{PLACE}/{self.tool}"])
+
+
+def real_path(guest: Guest, tool: str) -> str:
+    """Where a tool really is."""
+    return guest.run(["sh", "-c", f"PATH=/usr/sbin:/usr/bin:/sbin:/bin command -v {tool}"]).stdout.strip()
+
+
+@contextmanager
+def struck(cluster: Cluster, host: str, strike: Strike, within_s: float = 300.0) -> Iterator[None]:
+    """The strike falls on this host some time within the block; whoever died is started again at once."""
+    strike.arm(cluster[host])
+
+    def revive() -> None:
+        strike.wait(cluster[host], within_s)
+        if strike.what == "daemon":
+            strike.disarm(cluster[host])
+            cluster.start(host)
+        else:
+            cluster[host].start()
+            cluster[host].wait_ready()
+            strike.disarm(cluster[host])
+            cluster.start(host)
+
+    with ThreadPoolExecutor(1) as other:
+        revived = other.submit(revive)
+        yield
+        revived.result(within_s)
+
+
+class Trace:
+    """Writes down each call of a tool in a guest."""
+
+    def __init__(self, guest: Guest, tool: str) -> None:
+        self._guest = guest
+        self._log = f"/root/{tool}.calls"
+        real = real_path(guest, tool)
+        guest.put(f"{PLACE}/{tool}", f'#!/bin/sh\necho "$*" >>{self._log}\nexec {real} "$@"\n'.encode(), 0o755)
+
+    def calls(self) -> list[list[str]]:
+        """The arguments of each call."""
+        return [line.split() for line in self._guest.get(self._log).decode().splitlines()]
