@@ -148,10 +148,8 @@ class Cluster:
 
     def wait_ready(self) -> None:
         """Wait until every daemon answers through the frontend."""
-        until("the NAS answers", lambda: self.imgstorage(f"list host storagemap {NAS}").exit_status == 0, READY_S)
-        for guest in self.containers():
-            line = f"list host storagedev {guest.name}"
-            until(f"{guest.name} answers", lambda line=line: self.imgstorage(line).exit_status == 0, READY_S)
+        lines = [f"list host storagemap {NAS}", *(f"list host storagedev {one.name}" for one in self.containers())]
+        until("every daemon answers", lambda: all(self.imgstorage(one).exit_status == 0 for one in lines), READY_S)
 
     def start_frontend(self) -> None:
         """Start the frontend on this machine."""
