@@ -368,7 +368,7 @@ class Cluster:
             case "supervisor":
                 return supervisor.supervisor_of(layout).pid()
             case "tgtd":
-                return nas_daemon.userspace(load_nas(layout.config_of(layout.host(NAS)))).target_pid
+                return nas_daemon.plane(load_nas(layout.config_of(layout.host(NAS)))).target_pid
             case "broker":
                 try:
                     broker = Broker.load(layout.broker_folder)

@@ -4,35 +4,39 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from imgstorage.bus import topology
 from imgstorage.config import DaemonConfig, NasConfig, load_nas
-from imgstorage.core.ports import NasPlane
 from imgstorage.daemons import process
 from imgstorage.engine.nas import NasEngine
 from imgstorage.engine.world import World
-from imgstorage.planes.kernel.nas import KernelNas
-from imgstorage.planes.kernel.nas import NasSettings as KernelSettings
-from imgstorage.planes.userspace.nas import NasSettings, UserspaceNas
 from imgstorage.store.nas import NasStore
 
+if TYPE_CHECKING:
+    from imgstorage.planes.kernel.nas import KernelNas
+    from imgstorage.planes.userspace.nas import UserspaceNas
 
-def kernel(config: NasConfig) -> KernelNas:
-    """The kernel data plane, as configured."""
-    return KernelNas(
-        KernelSettings(
-            state_dir=config.state_dir,
-            pools=config.zpools,
-            import_dirs=config.import_dirs,
-            address=config.address,
-            port=config.port,
-            transfer_port=config.transfer_port,
+
+def plane(config: NasConfig) -> UserspaceNas | KernelNas:
+    """The data plane that the configuration names; only its modules are loaded."""
+    if config.plane == "kernel":
+        from imgstorage.planes.kernel.nas import KernelNas
+        from imgstorage.planes.kernel.nas import NasSettings as KernelSettings
+
+        return KernelNas(
+            KernelSettings(
+                state_dir=config.state_dir,
+                pools=config.zpools,
+                import_dirs=config.import_dirs,
+                address=config.address,
+                port=config.port,
+                transfer_port=config.transfer_port,
+                know_by=config.know_by,
+            )
         )
-    )
+    from imgstorage.planes.userspace.nas import NasSettings, UserspaceNas
 
-
-def userspace(config: NasConfig) -> UserspaceNas:
-    """The userspace data plane, as configured."""
     return UserspaceNas(
         NasSettings(
             state_dir=config.state_dir,
@@ -42,11 +46,6 @@ def userspace(config: NasConfig) -> UserspaceNas:
             port=config.port,
         )
     )
-
-
-def plane(config: NasConfig) -> NasPlane:
-    """The data plane that the configuration names."""
-    return kernel(config) if config.plane == "kernel" else userspace(config)
 
 
 def build(config: DaemonConfig, world: World) -> NasEngine:

@@ -186,7 +186,7 @@ def _exec(layout: Layout, arguments: list[str]) -> int:
         "IMGSTORAGE_CONFIG": str(layout.config_of(host)),
     }
     if host.role == "nas":
-        environment["TGT_IPC_SOCKET"] = str(nas.userspace(load_nas(layout.config_of(host))).control_socket)
+        environment["TGT_IPC_SOCKET"] = str(nas.plane(load_nas(layout.config_of(host))).control_socket)
     try:
         return subprocess.run(arguments[1:], cwd=layout.folder_of(host), env=environment, check=False).returncode
     except OSError as error:
@@ -214,7 +214,7 @@ def down(layout: Layout) -> int:
             container.plane(load_container(layout.config_of(host))).stop()
     for host in layout.hosts:
         if host.role == "nas" and layout.config_of(host).exists():
-            nas.userspace(load_nas(layout.config_of(host))).stop()
+            nas.plane(load_nas(layout.config_of(host))).stop()
     if _broker_runs(layout):
         Broker.load(layout.broker_folder).stop()
     say(f"down; the data stays in {layout.folder}")

@@ -17,9 +17,10 @@ from imgstorage.core.names import format_size
 from imgstorage.core.ports import ImageInfo
 from imgstorage.planes.common import files, images
 from imgstorage.planes.kernel import layout
-from imgstorage.planes.kernel.volumes import Volumes, destroy_new
+from imgstorage.planes.kernel.trash import destroy_new
+from imgstorage.planes.kernel.volumes import Volumes
 from imgstorage.tools import qemu_img
-from imgstorage.tools.zfs import datasets, properties
+from imgstorage.tools.zfs import datasets
 
 
 def fill(volumes: Volumes, volume: Volume, image: ImageInfo, folders: Sequence[Path]) -> None:
@@ -37,18 +38,18 @@ def fill(volumes: Volumes, volume: Volume, image: ImageInfo, folders: Sequence[P
 def dump(volumes: Volumes, volume: Volume, path: str, folders: Sequence[Path]) -> None:
     """As :meth:`NasPlane.dump`. Raises ``in_use``, ``diverged``."""
     target = images.dump_target(path, folders)
-    dataset, known = volumes.checked(volume, any_version=True)
+    seen, known = volumes.checked(volume, any_version=True)
     if known.opened:
         raise ImgStorageError("in_use", f"{volume} is being written to")
     if known.sealed is None:
-        raise ImgStorageError("diverged", f"{dataset} has no sealed snapshot")
-    wanted = properties.dataset(dataset).referenced_bytes
+        raise ImgStorageError("diverged", f"{seen.name} has no sealed snapshot")
+    wanted = seen.dataset.referenced_bytes
     space = os.statvfs(target.parent)
     if space.f_bavail * space.f_frsize < wanted:
         raise ImgStorageError("no_space", f"the dump of {volume} may need {format_size(wanted)} in {target.parent}")
     clone = f"{volumes.pools.subfolder(volume.pool, layout.NEW)}/{secrets.token_hex(8)}"
     try:
-        datasets.clone(f"{dataset}@{known.sealed.name}", clone, {**layout.VOLUME_PROPERTIES, "readonly": "on"})
+        datasets.clone(f"{seen.name}@{known.sealed.name}", clone, {**layout.VOLUME_PROPERTIES, "readonly": "on"})
         device = volumes.device(clone, volume.size_bytes).path
         with images.appearing(target) as tmp:
             qemu_img.convert(qemu_img.device_node(device, volume.size_bytes), tmp, "raw")

@@ -30,15 +30,16 @@ from imgstorage.core.ports import (
     ReturnPort,
     Stamp,
     Transfer,
-)
+)  # fmt: skip
 from imgstorage.planes.common import images, names
 from imgstorage.planes.common.target import LUN, Offer, Targets
 from imgstorage.planes.common.versions import superseded
-from imgstorage.planes.kernel import contents, initiators, layout, snapshots, stamps, transfers
+from imgstorage.planes.kernel import contents, initiators, layout, snapshots, stamps, transfers, trash
 from imgstorage.planes.kernel.pools import Pools
 from imgstorage.planes.kernel.returns import Returns
 from imgstorage.planes.kernel.stamps import Record
 from imgstorage.planes.kernel.transfers import Permit, Transfers
+from imgstorage.planes.kernel.views import View
 from imgstorage.planes.kernel.volumes import Volumes
 from imgstorage.tools import blockdev
 from imgstorage.tools.run import which
@@ -98,6 +99,11 @@ class KernelNas:
         self._targets.stop()
 
     @property
+    def control_socket(self) -> Path:
+        """What ``TGT_IPC_SOCKET`` has to be for tgtadm to reach this NAS's target daemon."""
+        return self._settings.state_dir / "ctl"
+
+    @property
     def target_pid(self) -> int | None:
         """The target daemon's process id; None if it does not run."""
         return self._targets.pid
@@ -131,30 +137,26 @@ class KernelNas:
 
     def trash(self, volume: Volume) -> None:
         """As :meth:`NasPlane.trash`. Raises ``in_use`` too while something verified waits to be applied."""
-        found = self._volumes.look(volume)
-        if found is None:
+        seen = self._volumes.look(volume)
+        known = seen.written if seen is not None else None
+        if seen is None or (known is not None and known.stamp.volume.uuid != volume.uuid):
             return
-        if self._targets_of(found.name):
+        if self._targets_of(seen.name):
             raise ImgStorageError("in_use", f"{volume} is exported")
-        known = self._volumes.record(volume)
-        if known is not None and known.back is not None:
-            if known.back.version:
-                raise ImgStorageError("in_use", f"what came back of {volume} was verified and is not applied yet")
-            if known.folding is None:
-                self._returns.drop(volume, found.name, known)
+        if known is not None and known.back is not None and known.back.version:
+            raise ImgStorageError("in_use", f"what came back of {volume} was verified and is not applied yet")
         self._transfers.forget(lambda permit: permit.volume == volume.uuid)
-        self._volumes.trash(volume)
+        trash.discard(self._pools, volume, seen.name)
 
     def empty_trash(self, older_than_s: float) -> int:
         """As :meth:`NasPlane.empty_trash`."""
-        return self._volumes.empty_trash(older_than_s)
+        return trash.empty(self._pools, older_than_s)
 
     def stamp(self, stamp: Stamp) -> None:
         """As :meth:`NasPlane.stamp`. A volume that a writer has left is sealed when it is stamped as at rest."""
-        known = self._volumes.stamp(stamp)
-        dataset = self._volumes.place(stamp.volume)
-        if stamp.holder is None and known.opened and known.folding is None and not self._targets_of(dataset):
-            self._seal(dataset, known)
+        seen, known = self._volumes.stamp(stamp)
+        if stamp.holder is None and known.opened and known.folding is None and not self._targets_of(seen.name):
+            self._seal(seen.name, known)
 
     def stamps(self) -> Sequence[Stamp]:
         """As :meth:`NasPlane.stamps`."""
@@ -165,19 +167,20 @@ class KernelNas:
     def export(self, grant: Grant, secret: str) -> Portal:
         """As :meth:`NasPlane.export`. Raises ``stale_generation``, ``conflict``, ``bad_name``, ``no_space`` too: in
         direct mode all of the volume's space is reserved."""
-        dataset, known = self._current(grant)
+        seen, known = self._current(grant)
         iqn = names.target_name(grant.nas, grant.volume.name, grant.generation, grant.container)
-        gone = {target.name for target in superseded(grant, iqn, self._targets_of(dataset))}
-        self._targets.remove(lambda target: target.name in gone)
-        known = self._without_back(grant, dataset, known)
+        gone = {target.name for target in superseded(grant, iqn, self._targets_of(seen.name))}
+        if gone:
+            self._targets.remove(lambda target: target.name in gone)
+        known = self._without_back(grant, seen.name, known)
         if known.opened and known.opened != str(grant.generation):
-            known = self._seal(dataset, known)
-        transfer = None
+            known = self._seal(seen.name, known)
         if grant.mode is Mode.DIRECT:
-            self._open(dataset, known, grant.generation)
+            self._open(seen, known, grant.generation)
+            transfer = None
         else:
-            transfer = self._hydrate_permit(grant, dataset, known)
-        return self._offer(grant, iqn, "", secret, dataset, writable=grant.mode is Mode.DIRECT, transfer=transfer)
+            transfer = self._hydrate_permit(grant, seen.name, known)
+        return self._offer(grant, iqn, "", secret, seen.name, writable=grant.mode is Mode.DIRECT, transfer=transfer)
 
     def _without_back(self, grant: Grant, dataset: str, known: Record) -> Record:
         back = known.back
@@ -189,23 +192,25 @@ class KernelNas:
             raise ImgStorageError("conflict", f"what {grant.container} changed in {grant.volume} is coming back")
         return self._returns.drop(grant.volume, dataset, known)
 
-    def _open(self, dataset: str, known: Record, generation: Generation) -> None:
+    @staticmethod
+    def _open(seen: View, known: Record, generation: Generation) -> None:
         """Let a target write to a volume."""
         if not known.opened:
-            stamps.save(dataset, replace(known, opened=str(generation)))
-        datasets.set_properties(dataset, {"refreservation": "auto"})
-        datasets.set_properties(dataset, {"readonly": "off"})
+            stamps.save(seen.name, replace(known, opened=str(generation)))
+        if seen.dataset.readonly or not seen.dataset.refreservation_bytes:
+            datasets.set_properties(seen.name, {"refreservation": "auto", "readonly": "off"})
 
-    def _seal(self, dataset: str, known: Record) -> Record:
+    @staticmethod
+    def _seal(dataset: str, known: Record) -> Record:
         """A writer has left: what it wrote is the version's bytes."""
-        sealed = snapshots.seal(dataset, layout.direct_snapshot(known.opened))
-        known = stamps.save(dataset, replace(known, sealed=sealed, opened=""))
-        snapshots.prune(dataset, {sealed.name})
+        short = layout.direct_snapshot(known.opened)
+        seen = snapshots.seal(dataset, short)
+        known = stamps.save(dataset, replace(known, sealed=snapshots.sealed(seen, short), opened=""))
+        snapshots.prune(seen, short)
         return known
 
     def _hydrate_permit(self, grant: Grant, dataset: str, known: Record) -> Transfer:
         assert known.sealed is not None  # noqa: S101  (a volume that was never sealed is not current)
-        datasets.set_properties(dataset, {"readonly": "on"})
         return self._transfers.permit(
             Permit(
                 identity=transfers.identity(grant.volume.uuid, grant.generation, 0),
@@ -266,23 +271,21 @@ class KernelNas:
         """As :meth:`NasPlane.open_return`. Readers of the volume are cut off: what comes goes into it."""
         if grant.mode is not Mode.SYNC:
             raise ImgStorageError("not_allowed", f"{grant.volume} is mapped in direct mode: nothing comes back")
-        dataset, known = self._current(grant)
+        seen, known = self._current(grant)
         iqn = names.return_name(grant.nas, grant.volume.name, grant.generation, grant.container, attempt)
-        self._close_targets(dataset, but=iqn)
+        self._close_targets(seen.name, but=iqn)
         self._transfers.forget(lambda permit: permit.volume == grant.volume.uuid and permit.attempt != attempt)
-        known = self._returns.begin(grant, kind, attempt, dataset, known)
+        known = self._returns.begin(grant, kind, attempt, seen.name, known)
         back = known.back
         assert back is not None  # noqa: S101  (just begun)
         port = ReturnPort(kind=kind, attempt=attempt, base_version=back.base_version)
         if kind is not ReturnKind.FOLD:
-            return replace(port, transfer=self._returns.permit(grant, dataset, back))
-        if not back.version:
-            self._open(dataset, known, grant.generation)
+            return replace(port, transfer=self._returns.permit(grant, seen.name, back))
         purpose = f"return {attempt}"
-        portal = self._portal(grant, iqn, purpose, secret, writable=True)
-        if not back.version:
-            self._offer(grant, iqn, purpose, secret, dataset, writable=True)
-        return replace(port, portal=portal)
+        if back.version:
+            return replace(port, portal=self._portal(grant, iqn, purpose, secret, writable=True))
+        self._open(seen, known, grant.generation)
+        return replace(port, portal=self._offer(grant, iqn, purpose, secret, seen.name, writable=True))
 
     def verify_return(self, grant: Grant, attempt: int, digest: str) -> str:
         """As :meth:`NasPlane.verify_return`."""
@@ -294,26 +297,26 @@ class KernelNas:
 
     def drop_return(self, grant: Grant) -> None:
         """As :meth:`NasPlane.drop_return`. What was verified stays, and what a fold wrote, which is nowhere else."""
-        known = self._volumes.record(grant.volume)
-        back = known.back if known is not None else None
+        seen = self._volumes.present(grant.volume)
+        known = seen.record
+        back = known.back if known is not None and known.stamp.volume.uuid == grant.volume.uuid else None
         if known is None or back is None or back.version or back.generation != grant.generation:
             return
-        dataset = self._volumes.place(grant.volume)
         if known.folding is not None:
-            self._close_targets(dataset)
+            self._close_targets(seen.name)
         else:
-            self._returns.drop(grant.volume, dataset, known)
+            self._returns.drop(grant.volume, seen.name, known)
 
     # -- helpers ---------------------------------------------------------------------------------------------
 
-    def _current(self, grant: Grant) -> tuple[str, Record]:
-        """Dataset and stamp of a volume that is the stamped version, and stamped for this grant."""
-        dataset, known = self._volumes.checked(grant.volume)
+    def _current(self, grant: Grant) -> tuple[View, Record]:
+        """A volume that is the stamped version, and stamped for this grant."""
+        seen, known = self._volumes.checked(grant.volume)
         if known.stamp.generation != grant.generation:
             raise ImgStorageError(
                 "stale_generation", f"{grant.volume} is granted as {known.stamp.generation}, not {grant.generation}"
             )
-        return dataset, known
+        return seen, known
 
     def _portal(
         self, grant: Grant, iqn: str, purpose: str, secret: str, *, writable: bool, transfer: Transfer | None = None

@@ -36,14 +36,19 @@ class Pools:
                 found.append(_pool(name, dataset))
         return found
 
-    def folder(self, pool: PoolName) -> Dataset:
-        """The dataset of a pool. Raises ``not_found``."""
+    def check(self, pool: PoolName) -> None:
+        """Raise ``not_found`` for a pool that is not configured, whether it is there or not."""
         parts = pool.split("/")
         known = any("/".join(parts[:count]) in self.names for count in range(1, len(parts) + 1))
         if not known or layout.NEW in parts or layout.TRASH in parts:
             raise ImgStorageError("not_found", f"there is no pool {pool}")
-        if not zpool.pool(parts[0]).health.serves:
-            raise ImgStorageError("not_found", f"pool {pool} is not there: see 'zpool status {parts[0]}'")
+
+    def folder(self, pool: PoolName) -> Dataset:
+        """The dataset of a pool. Raises ``not_found``."""
+        self.check(pool)
+        zpool_name = pool.partition("/")[0]
+        if not zpool.pool(zpool_name).health.serves:
+            raise ImgStorageError("not_found", f"pool {pool} is not there: see 'zpool status {zpool_name}'")
         found = _filesystem(pool)
         if found is None:
             raise ImgStorageError("not_found", f"pool {pool} is not there: no file system {pool}")

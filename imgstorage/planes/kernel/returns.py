@@ -24,8 +24,9 @@ from imgstorage.planes.kernel import layout, snapshots, stamps, talk, transfers
 from imgstorage.planes.kernel.pools import sync
 from imgstorage.planes.kernel.stamps import Back, Record, Sealed
 from imgstorage.planes.kernel.transfers import Permit, Transfers
+from imgstorage.planes.kernel.views import View
 from imgstorage.planes.kernel.volumes import Volumes
-from imgstorage.tools.zfs import properties, streams
+from imgstorage.tools.zfs import streams
 from imgstorage.tools.zfs.errors import Reason, ZfsError
 
 
@@ -86,14 +87,15 @@ class Returns:
 
     def verify(self, grant: Grant, attempt: int, digest: str) -> str:
         """As :meth:`NasPlane.verify_return`."""
-        volume, known = grant.volume, self.volumes.record(grant.volume)
-        back = known.back if known is not None else None
-        if known is None or back is None or (back.generation, back.attempt) != (grant.generation, attempt):
-            if known is not None:
-                stamped = known.stamp.volume
-                version = next_version(stamped.parent_version, grant.generation, attempt, digest)
-                if stamped.version == version:
-                    return version  # applied already
+        volume, known = grant.volume, self.volumes.present(grant.volume).record
+        if known is None or known.stamp.volume.uuid != volume.uuid:
+            raise ImgStorageError("diverged", f"the zvol of {volume} has no stamp of it")
+        back = known.back
+        if back is None or (back.generation, back.attempt) != (grant.generation, attempt):
+            stamped = known.stamp.volume
+            version = next_version(stamped.parent_version, grant.generation, attempt, digest)
+            if stamped.version == version:
+                return version  # applied already
             raise ImgStorageError("verify_failed", f"nothing of attempt {attempt} is here")
         if back.version:
             if back.digest != digest:
@@ -102,54 +104,35 @@ class Returns:
         dataset = self.volumes.place(volume)
         self._close(dataset, volume)
         sync(dataset)
-        dataset, known = self.volumes.checked(replace(volume, version=back.base_version))
-        if back.kind is ReturnKind.FOLD:
-            guid = self._folded(dataset, back, digest)
-        else:
-            guid = self._received(dataset, back, digest)
+        seen, known = self.volumes.checked(replace(volume, version=back.base_version))
+        came = _folded(seen, back, digest) if back.kind is ReturnKind.FOLD else _received(seen, back, digest)
         version = next_version(back.base_version, back.generation, attempt, digest)
-        done = replace(back, guid=guid, version=version, digest=digest)
+        done = replace(back, guid=came.guid, version=version, digest=digest)
         stamps.save(dataset, replace(known, opened="", back=done))
         return version
 
-    @staticmethod
-    def _received(dataset: str, back: Back, digest: str) -> int:
-        came = next((one for one in snapshots.ours(dataset) if one.short == back.snapshot), None)
-        if came is None:
-            raise ImgStorageError("verify_failed", f"{dataset} has not received {back.snapshot} whole")
-        if talk.digest(came.guid) != digest:
-            raise ImgStorageError("verify_failed", f"what came back as {came.name} is not what was sent")
-        snapshots.keep(dataset, came.short)
-        return came.guid
-
-    @staticmethod
-    def _folded(dataset: str, back: Back, digest: str) -> int:
-        if digest != talk.fold_digest(back.generation, back.attempt):
-            raise ImgStorageError("verify_failed", f"the container did not say that attempt {back.attempt} was folded")
-        return snapshots.seal(dataset, back.snapshot).guid
-
     def apply(self, grant: Grant, version: str) -> None:
         """As :meth:`NasPlane.apply_return`."""
-        volume, found = grant.volume, self.volumes.present(grant.volume)
-        known = stamps.written(found)
+        volume, seen = grant.volume, self.volumes.present(grant.volume)
+        known = seen.record
         if known is None or known.stamp.volume.uuid != volume.uuid:
-            raise ImgStorageError("diverged", f"{found.name} is not the volume {volume}: it has no stamp of it")
+            raise ImgStorageError("diverged", f"the zvol of {volume} is not the one that was stamped")
         back, stamped = known.back, known.stamp.volume
         if back is None and stamped.version == version:
-            self._tidy(found.name, volume, known)
+            self._tidy(seen, volume, known)
             return
         if back is None or back.version != version:
             raise ImgStorageError("not_found", f"nothing was verified as version {version} of {volume}")
         if back.generation != grant.generation:
             raise ImgStorageError("stale_generation", f"version {version} of {volume} is not of {grant.generation}")
-        self._close(found.name, volume)
-        dataset, known = self.volumes.checked(replace(volume, version=back.base_version))
+        self._close(seen.name, volume)
+        seen, known = self.volumes.checked(replace(volume, version=back.base_version))
         applied = replace(stamped, version=version, parent_version=back.base_version)
         sealed = Sealed(name=back.snapshot, guid=back.guid)
-        if snapshots.find(dataset, sealed) is None:
-            raise ImgStorageError("diverged", f"{dataset}@{sealed.name} was verified, and is gone")
+        if not seen.has(sealed):
+            raise ImgStorageError("diverged", f"{seen.name}@{sealed.name} was verified, and is gone")
         known = replace(known, stamp=replace(known.stamp, volume=applied), sealed=sealed, back=None)
-        self._tidy(dataset, volume, stamps.save(dataset, known))
+        self._tidy(seen, volume, stamps.save(seen.name, known))
 
     def drop(self, volume: Volume, dataset: str, known: Record) -> Record:
         """Get rid of a way back that is no fold under way, of what was verified too. Returns the stamp as it is now."""
@@ -157,10 +140,11 @@ class Returns:
         back = known.back
         if back is None:
             return known
-        _abort(dataset)
-        if any(one.short == back.snapshot for one in snapshots.ours(dataset)):
-            self.volumes.set_back(volume, dataset, known)
-            known = self.volumes.record(volume) or known
+        seen = self.volumes.present(volume)
+        if seen.dataset.resume_token:
+            _abort(dataset)
+        if seen.named(back.snapshot) is not None:
+            known = self.volumes.set_back(volume)
         else:
             known = stamps.save(dataset, replace(known, back=None))
         self.transfers.forget(lambda permit: permit.volume == volume.uuid and permit.attempt > 0)
@@ -171,10 +155,26 @@ class Returns:
         self.transfers.close(lambda permit: permit.volume == volume.uuid and permit.attempt > 0 and not permit.closed)
         self.close_targets(dataset)
 
-    def _tidy(self, dataset: str, volume: Volume, known: Record) -> None:
+    def _tidy(self, seen: View, volume: Volume, known: Record) -> None:
         self.transfers.forget(lambda permit: permit.volume == volume.uuid)
         if known.sealed is not None:
-            snapshots.prune(dataset, {known.sealed.name})
+            snapshots.prune(seen, known.sealed.name)
+
+
+def _received(seen: View, back: Back, digest: str) -> Sealed:
+    came = seen.named(back.snapshot)
+    if came is None:
+        raise ImgStorageError("verify_failed", f"{seen.name} has not received {back.snapshot} whole")
+    if talk.digest(came.guid) != digest:
+        raise ImgStorageError("verify_failed", f"what came back as {came.name} is not what was sent")
+    snapshots.keep(came.name)
+    return Sealed(name=came.short, guid=came.guid)
+
+
+def _folded(seen: View, back: Back, digest: str) -> Sealed:
+    if digest != talk.fold_digest(back.generation, back.attempt):
+        raise ImgStorageError("verify_failed", f"the container did not say that attempt {back.attempt} was folded")
+    return snapshots.sealed(snapshots.seal(seen.name, back.snapshot), back.snapshot)
 
 
 def _snapshot(grant: Grant, kind: ReturnKind, attempt: int) -> str:
@@ -186,10 +186,9 @@ def _snapshot(grant: Grant, kind: ReturnKind, attempt: int) -> str:
 
 
 def _abort(dataset: str) -> None:
-    """Throw away half a stream, if there is one."""
-    if properties.dataset(dataset).resume_token:
-        try:
-            streams.abort(dataset)
-        except ZfsError as error:
-            if error.reason is not Reason.MISSING:
-                raise
+    """Throw away half a stream."""
+    try:
+        streams.abort(dataset)
+    except ZfsError as error:
+        if error.reason is not Reason.MISSING:
+            raise

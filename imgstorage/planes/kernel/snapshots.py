@@ -13,8 +13,9 @@ import logging
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.planes.kernel.layout import HOLD, is_ours
 from imgstorage.planes.kernel.stamps import Sealed
+from imgstorage.planes.kernel.views import View, view
 from imgstorage.tools.zfs import bookmarks as marks
-from imgstorage.tools.zfs import datasets, properties, snapshots
+from imgstorage.tools.zfs import datasets, snapshots
 from imgstorage.tools.zfs.errors import Reason, ZfsError
 from imgstorage.tools.zfs.snapshots import Snapshot
 
@@ -23,30 +24,10 @@ log = logging.getLogger(__name__)
 MAX_BOOKMARKS = 32
 
 
-def ours(dataset: str) -> list[Snapshot]:
-    """Our snapshots of a dataset, oldest first. Raises ``not_found``."""
-    return [one for one in snapshots.snapshots(dataset) if is_ours(one.short)]
-
-
-def snapshots_of_others(dataset: str) -> list[Snapshot]:
-    """The snapshots that are not ours."""
-    return [one for one in snapshots.snapshots(dataset) if not is_ours(one.short)]
-
-
-def find(dataset: str, sealed: Sealed) -> Snapshot | None:
-    """The snapshot of that name if it is the one that was meant."""
-    return next((one for one in ours(dataset) if (one.short, one.guid) == (sealed.name, sealed.guid)), None)
-
-
-def unchanged_since(dataset: str, short: str) -> bool:
-    """Whether nothing was written since a snapshot. What was only just flushed may not count yet: zpool.sync first."""
-    return properties.written_since(dataset, short) == 0
-
-
-def keep(dataset: str, short: str) -> None:
+def keep(name: str) -> None:
     """Hold a snapshot. Raises ``not_found``."""
     try:
-        snapshots.hold(HOLD, f"{dataset}@{short}")
+        snapshots.hold(HOLD, name)
     except ZfsError as error:
         if error.reason is not Reason.EXISTS:
             raise
@@ -73,34 +54,49 @@ def destroy(one: Snapshot) -> bool:
     return True
 
 
-def seal(dataset: str, short: str) -> Sealed:
-    """Make a volume read-only and hold a snapshot of what it is then. Its writers are gone.
+def seal(dataset: str, short: str) -> View:
+    """Make a volume read-only and thin, and hold a snapshot of that name of what it is then. Its writers are gone.
 
-    A snapshot of that name that an earlier call left is taken if nothing was written since, else made anew.
+    A snapshot that an earlier call left is taken if nothing was written since, else made anew. Returns what there is
+    then.
     """
-    datasets.set_properties(dataset, {"readonly": "on"})
-    datasets.set_properties(dataset, {"refreservation": "none"})
-    old = next((one for one in ours(dataset) if one.short == short), None)
-    if old is not None and not unchanged_since(dataset, short):
+    datasets.set_properties(dataset, {"readonly": "on", "refreservation": "none"})
+    before = view(dataset)
+    old = before.named(short) if before is not None else None
+    if old is not None and before is not None and not before.unchanged_since(short):
         destroy(old)
         old = None
     if old is None:
         snapshots.snapshot(f"{dataset}@{short}")
-    keep(dataset, short)
-    made = next(one for one in ours(dataset) if one.short == short)
-    return Sealed(name=short, guid=made.guid)
+    keep(f"{dataset}@{short}")
+    return _present(dataset)
 
 
-def prune(dataset: str, needed: set[str]) -> None:
-    """Turn our snapshots but those of these short names into bookmarks, and keep the newest of these."""
-    for one in ours(dataset):
-        if one.short in needed:
-            continue
+def sealed(seen: View, short: str) -> Sealed:
+    """The snapshot of that name in a view. Raises ``failed``."""
+    found = seen.named(short)
+    if found is None:
+        raise ImgStorageError("failed", f"the snapshot {seen.name}@{short} is gone")
+    return Sealed(name=short, guid=found.guid)
+
+
+def _present(dataset: str) -> View:
+    seen = view(dataset)
+    if seen is None:
+        raise ImgStorageError("not_found", f"{dataset} is gone")
+    return seen
+
+
+def prune(seen: View, needed: str) -> None:
+    """Turn our snapshots but that of one short name into bookmarks, and keep the newest of these."""
+    old = [one for one in seen.ours if one.short != needed]
+    for one in old:
         try:
             marks.bookmark(one.name, one.short)
         except ZfsError as error:
             if error.reason is not Reason.EXISTS:
                 raise
         destroy(one)
-    for mark in [one for one in marks.bookmarks(dataset) if is_ours(one.short)][:-MAX_BOOKMARKS]:
-        marks.destroy_bookmark(mark.name)
+    if old:
+        for mark in [one for one in marks.bookmarks(seen.name) if is_ours(one.short)][:-MAX_BOOKMARKS]:
+            marks.destroy_bookmark(mark.name)

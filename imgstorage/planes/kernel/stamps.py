@@ -25,7 +25,6 @@ from imgstorage.core.mapping import Generation, Mode
 from imgstorage.core.ports import ReturnKind, Stamp
 from imgstorage.planes.kernel.layout import STAMP
 from imgstorage.tools.zfs import datasets
-from imgstorage.tools.zfs.properties import Dataset
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,12 +66,6 @@ class Record:
         """A fold that has begun: part of the truth is in the volume's head, part in a container's COW device."""
         back = self.back
         return back if back is not None and back.kind is ReturnKind.FOLD and not back.version else None
-
-
-def written(found: Dataset) -> Record | None:
-    """What is written in a dataset's own stamp, whether it counts or not; None if there is none. Raises ``corrupt``."""
-    text = found.own(STAMP)
-    return None if text is None else parse(found.name, text)
 
 
 def parse(dataset: str, text: str) -> Record:

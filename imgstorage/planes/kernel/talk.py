@@ -21,9 +21,10 @@ Rules
   verified it then: that is ``verify_return``, with :func:`digest` of the snapshot that was sent.
 * A fold has no transfer; its digest is :func:`fold_digest`.
 
-Exit statuses of the forced command: ZFS's own once a stream was agreed on, with its words on stderr, which
-:func:`imgstorage.tools.zfs.errors.reason` tells apart (0; 1; and from ``zfs send`` 255, which is also ssh's own); :data:`REFUSED` after a Go that says no; :data:`NO_TALK` if the
-talk itself failed; :data:`NOT_GRANTED` if there is no such transfer (any more), with a line on stderr.
+Exit statuses of the forced command: ZFS's own once a stream was agreed on (0; 1; ``zfs send`` also 255, which is
+ssh's own too), with its words on stderr, which :func:`imgstorage.tools.zfs.errors.reason` tells apart;
+:data:`REFUSED` after a Go that says no; :data:`NO_TALK` if the talk itself failed; :data:`NOT_GRANTED` if there is no
+such transfer (any more), with a line on stderr.
 """
 
 from __future__ import annotations

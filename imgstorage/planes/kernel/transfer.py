@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from imgstorage.core.errors import ImgStorageError
-from imgstorage.planes.kernel import snapshots, talk, transfers
+from imgstorage.planes.kernel import talk, transfers
 from imgstorage.planes.kernel.layout import is_ours
 from imgstorage.planes.kernel.pools import sync
 from imgstorage.planes.kernel.talk import Go, Have, Hello, Offer, Request, Verb
 from imgstorage.planes.kernel.transfers import Permit
+from imgstorage.planes.kernel.views import View, view
 from imgstorage.tools.pipeline import read_header
 from imgstorage.tools.run import environment, which
-from imgstorage.tools.zfs import bookmarks, properties, streams
+from imgstorage.tools.zfs import bookmarks, streams
 
 LOCK_TIMEOUT_S = 40.0
 """The one before may have lost its client: the server gives a silent one up after 30 s."""
@@ -52,10 +53,10 @@ def hold(path: Path) -> None:
 
 def hello(permit: Permit) -> Hello:
     """What the NAS says first, by what is there. Raises ``diverged``."""
-    mine = [Have(one.short, one.guid) for one in reversed(snapshots.ours(permit.dataset))]
+    seen = _present(permit)
+    mine = [Have(one.short, one.guid) for one in reversed(seen.ours)]
     if permit.attempt:
-        token = properties.dataset(permit.dataset).resume_token
-        return Hello(have=tuple(mine[:1]), receive_token=token, attempt=permit.attempt)
+        return Hello(have=tuple(mine[:1]), receive_token=seen.dataset.resume_token, attempt=permit.attempt)
     if Have(permit.snapshot, permit.guid) not in mine:
         raise ImgStorageError("diverged", f"the snapshot {permit.snapshot} of {permit.dataset} is gone")
     marks = [Have(one.short, one.guid) for one in reversed(bookmarks.bookmarks(permit.dataset)) if is_ours(one.short)]
@@ -63,6 +64,13 @@ def hello(permit: Permit) -> Hello:
     have = (*mine, *(one for one in marks if one.guid not in guids))
     size = streams.estimate(f"{permit.dataset}@{permit.snapshot}").size_bytes
     return Hello(send=Offer(permit.snapshot, permit.guid, size), have=have[: talk.MAX_HAVE])
+
+
+def _present(permit: Permit) -> View:
+    seen = view(permit.dataset)
+    if seen is None:
+        raise ImgStorageError("not_found", f"{permit.dataset} is not there")
+    return seen
 
 
 def _sending(permit: Permit, request: Request) -> tuple[Go, list[str]]:
@@ -74,7 +82,7 @@ def _sending(permit: Permit, request: Request) -> tuple[Go, list[str]]:
         return Go(size_bytes=token.rest.size_bytes), streams.resume_argv(request.token)
     base = ""
     if request.base_guid:
-        there = [one.name for one in snapshots.ours(permit.dataset) if one.guid == request.base_guid]
+        there = [one.name for one in _present(permit).ours if one.guid == request.base_guid]
         there += [one.name for one in bookmarks.bookmarks(permit.dataset) if one.guid == request.base_guid]
         if not there:
             raise ImgStorageError("not_found", f"there is no base {request.base_guid} here")
@@ -85,14 +93,15 @@ def _sending(permit: Permit, request: Request) -> tuple[Go, list[str]]:
 def _receiving(permit: Permit, request: Request) -> tuple[Go, list[str]]:
     if request.name != permit.snapshot:
         raise ImgStorageError("not_allowed", f"this transfer takes {permit.snapshot}, not {request.name[:100]}")
-    there = properties.dataset(permit.dataset).resume_token
+    sync(permit.dataset)
+    seen = _present(permit)
+    there = seen.dataset.resume_token
     if request.token and request.token != there:
         raise ImgStorageError("conflict", "that token is not the one that is here")
-    newest = snapshots.ours(permit.dataset)[-1:]
+    newest = seen.ours[-1:]
     if not request.token and request.base_guid not in [one.guid for one in newest]:
         raise ImgStorageError("diverged", f"the newest snapshot here is not {request.base_guid}")
-    sync(permit.dataset)
-    if not all(snapshots.unchanged_since(permit.dataset, one.short) for one in newest):
+    if not all(seen.unchanged_since(one.short) for one in newest):
         raise ImgStorageError("diverged", f"{permit.dataset} was written to while nobody was allowed to")
     if there and not request.token:
         streams.abort(permit.dataset)

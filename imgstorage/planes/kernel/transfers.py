@@ -87,6 +87,7 @@ class Transfers:
         self._address, self._port = address, port
         self._sshd = Sshd(state_dir / "ssh", address, port)
         self._lock = threading.RLock()
+        self._host_key = ""
 
     # -- the server ------------------------------------------------------------------------------------------
 
@@ -94,8 +95,9 @@ class Transfers:
         """See that the server runs and lets in who may. Raises as :meth:`Sshd.ensure`."""
         with self._lock:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._sshd.host_public_key()
-            self._authorize()
+            if not self._host_key:
+                self._host_key = " ".join(self._sshd.host_public_key().split()[:2])
+                self._authorize()
             self._sshd.ensure()
 
     def stop(self) -> None:
@@ -122,18 +124,19 @@ class Transfers:
     def permit(self, wanted: Permit) -> Transfer:
         """Give a right; the same again gives the same. ``closed``: its description only."""
         with self._lock:
-            key = self._folder / f"{wanted.identity}.key"
-            wanted = replace(wanted, public_key=ssh.ensure_key(key, wanted.identity))
-            path = self._folder / f"{wanted.identity}.json"
-            lock_path(self._state_dir, wanted.identity).touch(mode=0o600)
-            if files.read_json(path, Permit) != wanted:
+            key, path = self._folder / f"{wanted.identity}.key", self._path(wanted)
+            before = files.read_json(path, Permit)
+            public = before.public_key if before is not None else ssh.ensure_key(key, wanted.identity)
+            wanted = replace(wanted, public_key=public)
+            if before != wanted:
+                lock_path(self._state_dir, wanted.identity).touch(mode=0o600)
                 files.write_json(path, wanted)
                 self._authorize()
             return Transfer(
                 address=self._address,
                 port=self._port,
                 user=pwd.getpwuid(os.getuid()).pw_name,
-                host_key=" ".join(self._sshd.host_public_key().split()[:2]),
+                host_key=self._host_key,
                 identity=wanted.identity,
                 key=key.read_text(),
             )

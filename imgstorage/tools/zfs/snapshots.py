@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from imgstorage.tools.zfs import names
 from imgstorage.tools.zfs.errors import unexpected, zfs
-from imgstorage.tools.zfs.properties import Kind, list_argv, number, parse_list
+from imgstorage.tools.zfs.properties import (
+    NATIVE,
+    Dataset,
+    Kind,
+    Property,
+    Source,
+    get_argv,
+    list_argv,
+    number,
+    parse_get,
+    parse_list,
+    to_dataset,
+)
 
 COLUMNS = ("name", "guid", "createtxg", "used", "referenced", "userrefs", "clones")
 
@@ -146,3 +158,20 @@ def release(tag: str, name: str) -> None:
 def holds(name: str) -> list[str]:
     """The tags of a snapshot's holds. Raises MISSING, ``tool_output``."""
     return parse_holds(zfs(holds_argv(name)), name)
+
+
+def look(dataset: str, *, user: Iterable[str] = ()) -> tuple[Dataset, list[Snapshot]]:
+    """A dataset with these user properties, and its snapshots in the order of creation, by one command.
+
+    Raises MISSING, ``tool_output``.
+    """
+    asked = (*NATIVE, "userrefs", "clones", *user)
+    kinds = (Kind.FILESYSTEM, Kind.VOLUME, Kind.SNAPSHOT)
+    found = parse_get(zfs(get_argv(names.dataset(dataset), asked, kinds=kinds, depth=1)))
+    if dataset not in found:
+        raise unexpected("get", list(found))
+    mine = [(name, props) for name, props in found.items() if name.partition("@")[0] == dataset and "@" in name]
+    empty = Property("", Source.NONE)
+    rows = [{"name": name, **{key: props.get(key, empty).value for key in COLUMNS[1:]}} for name, props in mine]
+    snapshots_ = sorted(map(_snapshot, rows), key=lambda one: one.createtxg)
+    return to_dataset(dataset, found[dataset]), snapshots_
