@@ -1,4 +1,4 @@
-"""``add``, ``list`` and ``remove host storagemap``: what is mapped where.
+"""``add``, ``list``, ``sync`` and ``remove host storagemap``: what is mapped where.
 
 What the guide prints goes to stdout, word for word; everything else that a person should know to stderr.
 """
@@ -16,7 +16,7 @@ from imgstorage.cli.wait import Watch
 from imgstorage.core import names
 from imgstorage.core.errors import EXIT_OK, ImgStorageError
 from imgstorage.core.mapping import AT_REST, Mode
-from imgstorage.core.messages import MapZvol, OperationAnswer, UnmapZvol, ZvolRow
+from imgstorage.core.messages import MapZvol, OperationAnswer, PullZvol, UnmapZvol, ZvolRow
 from imgstorage.core.operations import Milestone, Operation
 
 RESTING = frozenset(phase.value for phase in AT_REST)
@@ -141,6 +141,32 @@ def _mode(call: Call) -> Mode | None:
     if call.text("img_sync") is None:
         return None
     return Mode.SYNC if call.yes("img_sync", False) else Mode.DIRECT
+
+
+def sync(call: Call) -> int:
+    """``sync host storagemap``: returns when the NAS has what was written; with ``wait=no`` when that is begun."""
+    pool = call.text("zpool")
+    request = PullZvol(
+        op=names.new_op_id(),
+        nas=names.host_name(call.one("NAS")),
+        volume=names.volume_name(call.one("VOLUME")),
+        expires_at=expiry(),
+        pool=None if pool is None else names.pool_name(pool),
+        requester=requester(),
+    )
+    with frontend(call) as door, Watch(f"pulling {request.volume}") as watch:
+        answer = door.begin(request, request.op, request.expires_at)
+        operation = answer.operation
+        print(f"pulling   {request.nas} : {request.volume}", flush=True)
+        if answer.repeated:
+            known = f" ({operation.op})" if operation.accepted_at else ""  # what was done already needed no operation
+            say(f"{request.volume}: {operation.note}{known}")
+        operation = door.wait(operation, Milestone.DONE if call.yes("wait", True) else Milestone.ACCEPTED, watch)
+    if operation.ended:
+        print("Success", flush=True)
+    else:
+        say(f"goes on as {operation.op} (imgstorage show operation {operation.op} wait=yes)")
+    return EXIT_OK
 
 
 def remove(call: Call) -> int:

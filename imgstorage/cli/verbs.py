@@ -36,6 +36,9 @@ WAIT = Parameter(
     name="wait", value="yes|no", boolean=True, default="yes",
     help="no: return when the work is accepted, and say under which operation it goes on",
 )  # fmt: skip
+ZPOOL_OF_NAME = Parameter(
+    name="zpool", value="POOL", also=("pool",), help="which, if several pools have a volume of this name"
+)
 DIR = Parameter(name="dir", value="FOLDER", help="where the sandbox is", default="that of the user's last sandbox")
 
 VERBS = (
@@ -74,7 +77,8 @@ VERBS = (
         summary="what is mapped where",
         text="Shows the volumes of NAS hosts, which container has each, and how far its copy is. States: unmapped; "
         "mapped; NAS->VM while it is copied to the container; NAS<-VM while what changed goes back; NAS<-VM sched "
-        "while a periodic pull does that; quarantined when two copies differ and an operator has to choose.",
+        "while a pull does that and the device stays in use; quarantined when two copies differ and an operator has to "
+        "choose.",
         handler="imgstorage.cli.storagemap:list_maps",
         arguments=(NASES,),
         parameters=TABLE,
@@ -95,6 +99,18 @@ VERBS = (
         examples=("list host storagedev compute-0-3",),
     ),
     Verb(
+        words=("sync", "host", "storagemap"),
+        summary="pull what changed so far",
+        text="Brings what was written to a volume so far back to the NAS, while the device stays in use: the NAS then "
+        "has the disk as it was when the pull began, compared and applied. Only what changed since the last pull "
+        "travels. In direct mode every write is on the NAS already. Unmapping the volume cancels a pull; nothing is "
+        "lost by that.",
+        handler="imgstorage.cli.storagemap:sync",
+        arguments=(NAS, VOLUME),
+        parameters=(ZPOOL_OF_NAME, WAIT),
+        examples=("sync host storagemap nas-0-0 vol1",),
+    ),
+    Verb(
         words=("remove", "host", "storagemap"),
         summary="unmap a volume",
         text="Takes a volume back from its container. Success means that the container has let go of it; what it "
@@ -103,9 +119,7 @@ VERBS = (
         handler="imgstorage.cli.storagemap:remove",
         arguments=(NAS, VOLUME),
         parameters=(
-            Parameter(
-                name="zpool", value="POOL", also=("pool",), help="which, if several pools have a volume of this name"
-            ),
+            ZPOOL_OF_NAME,
             Parameter(
                 name="force", value="yes|no", boolean=True, default="no",
                 help="yes: cut off whatever still holds the device open",

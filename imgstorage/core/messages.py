@@ -203,6 +203,19 @@ class UnmapZvol(Message):
     requester: str = ""
 
 
+@_declare("pull_zvol", *ASKERS, timeout=Timeout.ACCEPT, answer=OperationAnswer)
+@dataclass(frozen=True, kw_only=True)
+class PullZvol(Message):
+    """Bring what changed so far back to the NAS while the device is in use. ``pool`` as in ``unmap_zvol``."""
+
+    op: OpId
+    nas: HostName
+    volume: VolumeName
+    expires_at: float
+    pool: PoolName | None = None
+    requester: str = ""
+
+
 @_declare("add_zvol", *ASKERS, timeout=Timeout.ACCEPT, answer=OperationAnswer)
 @dataclass(frozen=True, kw_only=True)
 class AddZvol(Message):

@@ -35,6 +35,7 @@ class Kind(str, Enum):
     IMPORT = "import"
     DELETE = "delete"
     DUMP = "dump"
+    PULL = "pull"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

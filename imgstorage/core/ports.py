@@ -367,13 +367,19 @@ class ContainerPlane(Protocol):
         ...
 
     def send_back(self, volume: VolumeUuid, generation: Generation, port: ReturnPort) -> None:
-        """Start, or go on with, sending what changed to ``port``; ``progress`` ends with its digest."""
+        """Start, or go on with, sending what changed to ``port``; ``progress`` ends with its digest.
+
+        A pull sends what was written up to its first call of this attempt, while the device is in use; what it did
+        not bring home stays part of what the next way back sends. Raises ``conflict``, ``no_space``.
+        """
         ...
 
     def release(self, volume: VolumeUuid, generation: Generation, version: str) -> None:
         """The NAS holds it all, as ``version``: keep the copy as a warm cache, or drop it. No error if gone.
 
-        After a pull the device stays; the layer that was sent is folded into the local copy.
+        After a pull the device stays; the layer that was sent is folded into the local copy, in the background.
+        Nothing happens, without an error, unless ``version`` is what the NAS has after what was sent last: the
+        release of a pull may come late, when there is something else here that only this copy holds.
         """
         ...
 

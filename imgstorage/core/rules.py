@@ -184,6 +184,12 @@ SYNC: tuple[Spec, ...] = (
           owner=Owner.NOBODY, tell=ALL_FAIL, note="quarantined: {e.message}"),
     _rule(RETURNING, ev.Failed, when="does not compare", steps=(S.DROP_RETURN, S.OPEN_RETURN), fresh=True,
           note="sent again: {e.message}"),
+    # what was verified is applied, whatever else fails; before, the container keeps what it was to send
+    _rule(P.PULLING, ev.Failed, when="verified", steps=(S.AGAIN,), note="tried again: {e.message}"),
+    _rule(P.PULLING, ev.Failed, when="lost", to=P.QUARANTINED, steps=(S.UNEXPORT,), owner=Owner.NOBODY,
+          tell=ALL_FAIL, note="quarantined: {e.message}"),
+    _rule(P.PULLING, ev.Failed, when="pull cannot work", to=P.LOCAL, steps=(S.DROP_RETURN,), owner=Owner.NOBODY,
+          tell=(FAILS,), note="cannot be pulled: {e.message}"),
     # -- restarts
     _rule(P.HYDRATING, ev.Restarted, steps=(S.EXPORT, S.TELL_HYDRATE), note="the copy to {m.container} goes on"),
     _rule(P.MERGING, ev.Restarted, steps=(S.EXPORT, S.TELL_SETTLE), note="the merge on {m.container} goes on"),

@@ -85,6 +85,9 @@ CONDITIONS: dict[str, Callable[[Mapping, ev.Event], bool]] = {
     "for good": lambda m, e: isinstance(e, ev.Failed) and e.permanent,
     "diverged": lambda m, e: isinstance(e, ev.Failed) and e.code == "diverged",
     "does not compare": lambda m, e: isinstance(e, ev.Failed) and e.code == "verify_failed" and m.verified is None,
+    "pull cannot work": lambda m, e: (
+        isinstance(e, ev.Failed) and e.permanent and e.step in (Step.OPEN_RETURN, Step.TELL_RETURN)
+    ),
     "lost": lambda m, e: isinstance(e, ev.Failed) and e.code == "lost_copy",
     "lost, direct": lambda m, e: isinstance(e, ev.Failed) and e.code == "lost_copy" and m.mode is Mode.DIRECT,
     "holds it all": lambda m, e: m.held is Held.LOCAL,

@@ -42,6 +42,7 @@ def plane(config: ContainerConfig) -> ContainerPlane:
             default_pool=config.default_pool,
             fuse=config.fuse,
             copy_speed_bytes_s=config.copy_speed_bytes_s,
+            return_speed_bytes_s=config.return_speed_bytes_s,
             watermark_bytes=config.watermark_bytes,
             reserve=config.reserve,
         )

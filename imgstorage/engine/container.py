@@ -48,7 +48,7 @@ from imgstorage.core.messages import (
     ZvolSynced,
 )
 from imgstorage.core.names import HostName, OpId, VolumeUuid
-from imgstorage.core.ports import ContainerPlane, CopyState, Progress
+from imgstorage.core.ports import ContainerPlane, CopyState, Progress, ReturnKind
 from imgstorage.core.post import Letter
 from imgstorage.core.records import ContainerRecords, JournalLine, Seen
 from imgstorage.engine.inbox import Handler, Inbox
@@ -189,7 +189,8 @@ class ContainerEngine:
         if isinstance(command, ReleaseZvol) and command.generation.counter <= seen.generation.counter:
             return None  # harmless at any time, and repeated until it is answered
         if command.generation == seen.generation:
-            closed = seen.closed and isinstance(command, AttachZvol | SyncZvol | SettleZvol)
+            pull = isinstance(command, ReturnZvol) and command.port.kind is ReturnKind.PULL
+            closed = seen.closed and (pull or isinstance(command, AttachZvol | SyncZvol | SettleZvol))
             return "" if closed or self._overtaken(command) else None
         if command.generation.counter > seen.generation.counter:
             return None
@@ -284,7 +285,7 @@ class ContainerEngine:
                 return None
             case ReleaseZvol():
                 seen = self._records.seen(volume)
-                if seen is not None and seen.generation == generation:
+                if seen is not None and seen.generation == generation and seen.closed:  # else a pull's: more may follow
                     self._stop_following(volume)
                     self._attempts.pop(volume, None)
                 self._plane.release(volume, generation, command.version)

@@ -29,6 +29,7 @@ from imgstorage.core.messages import (
     Message,
     OperationAnswer,
     OperationChanged,
+    PullZvol,
     Role,
     ShowOperation,
     Status,
@@ -55,7 +56,7 @@ class Coordinator:
         self._img_sync = img_sync
         self._questions = Questions(world)
         handlers: dict[type[Message], Handler] = {
-            **dict.fromkeys((UnmapZvol, AddZvol, DelZvol, DumpZvol, ListZvols), self._to_nas),
+            **dict.fromkeys((UnmapZvol, PullZvol, AddZvol, DelZvol, DumpZvol, ListZvols), self._to_nas),
             MapZvol: self._map,
             ListDev: self._to_container,
             ListHosts: self._list_hosts,
@@ -97,7 +98,7 @@ class Coordinator:
         return self._to_nas(letter, request)
 
     def _to_nas(
-        self, letter: Letter, request: MapZvol | UnmapZvol | AddZvol | DelZvol | DumpZvol | ListZvols
+        self, letter: Letter, request: MapZvol | UnmapZvol | PullZvol | AddZvol | DelZvol | DumpZvol | ListZvols
     ) -> Message | None:
         self._known(request.nas, "nas")
         self._pass_on(letter, Role.NAS, request.nas, request)

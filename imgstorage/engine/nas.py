@@ -23,6 +23,7 @@ from imgstorage.core.messages import (
     ListZvols,
     MapZvol,
     Message,
+    PullZvol,
     ReleaseZvol,
     Report,
     Role,
@@ -57,7 +58,7 @@ log = logging.getLogger(__name__)
 LOOK_EVERY_S = 2.0
 PAGE = 1000
 EXPORTED = MAY_RUN[Step.EXPORT]
-REQUESTS = (MapZvol, UnmapZvol, AddZvol, DelZvol, DumpZvol)
+REQUESTS = (MapZvol, UnmapZvol, PullZvol, AddZvol, DelZvol, DumpZvol)
 REPORTS = (
     ZvolAttached, ZvolSynced, ZvolSettled, ZvolDetached, ZvolReturned, ZvolProgress, ZvolReleased, StepFailed,
 )  # fmt: skip
@@ -188,10 +189,12 @@ class NasEngine:
                 log.debug("release of %s waits: %s", release.volume, error)
 
     def _released(self, letter: Letter, report: ZvolReleased) -> None:
-        for release in self._records.releases():
-            mine = (release.volume, release.generation, release.container)
-            if mine == (report.volume, report.generation, letter.host):
-                self._records.forget_release(report.volume, report.generation)
+        """The container has heard. What it says of the release of an earlier pull says nothing of the present one."""
+        with self._records.write():
+            for release in self._records.releases():
+                mine = (release.volume, release.generation, release.container, release.op)
+                if mine == (report.volume, report.generation, letter.host, report.op):
+                    self._records.forget_release(report.volume, report.generation)
 
     # -- reconcile
 

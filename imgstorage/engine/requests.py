@@ -23,6 +23,7 @@ from imgstorage.core.messages import (
     MapZvol,
     Message,
     OperationAnswer,
+    PullZvol,
     ShowOperation,
     UnmapZvol,
     encode,
@@ -39,7 +40,7 @@ from imgstorage.engine.world import World
 
 log = logging.getLogger(__name__)
 
-Request = MapZvol | UnmapZvol | AddZvol | DelZvol | DumpZvol
+Request = MapZvol | UnmapZvol | PullZvol | AddZvol | DelZvol | DumpZvol
 
 
 class Requests:
@@ -73,6 +74,8 @@ class Requests:
                 return self._accept_map(request)
             case UnmapZvol():
                 return self._accept_unmap(request)
+            case PullZvol():
+                return self._accept_pull(request)
             case AddZvol():
                 return self._accept_add(request)
             case DelZvol():
@@ -135,6 +138,29 @@ class Requests:
         self._refuse(decision, volume, mapping)
         current = self._book.find(decision.same_op or request.op)
         if current is None:
+            current = replace(operation, milestone=Milestone.DONE, note=decision.note)
+        return OperationAnswer(operation=current, repeated=current.op != request.op or current.ended)
+
+    def _accept_pull(self, request: PullZvol) -> Message:
+        volume = self._one(request.volume, request.pool)
+        self._not_reserved(volume.pool, volume.name)
+        mapping = self._records.mapping(volume.uuid)
+        if mapping.phase is Phase.IDLE:
+            raise ImgStorageError("conflict", f"{volume} is not mapped: the NAS has everything",
+                                  hint=f"imgstorage list host storagemap {self._host}")  # fmt: skip
+        operation = Operation(
+            op=request.op, kind=Kind.PULL, nas=self._host, pool=volume.pool, volume=volume.name,
+            container=mapping.container or "", requester=request.requester,
+        )  # fmt: skip
+
+        def also(decision: Decision) -> None:
+            if (request.op, Milestone.ACCEPTED) in decision.told:
+                self._book.accept(operation, encode(request))
+
+        decision = self._driver.happen(volume.uuid, ev.Pull(op=request.op), also)
+        self._refuse(decision, volume, mapping)
+        current = self._book.find(decision.mapping.op) if decision.mapping.op else None
+        if current is None or current.kind is not Kind.PULL:  # nothing had to be done
             current = replace(operation, milestone=Milestone.DONE, note=decision.note)
         return OperationAnswer(operation=current, repeated=current.op != request.op or current.ended)
 

@@ -1,7 +1,7 @@
-"""A container plane with a NAS plane as its other end, a guest that writes, and ways to kill what serves it.
+"""A container plane with a NAS plane as its other end, and a volume with what its bytes must be.
 
-The tests know the two protocols and these helpers only. ``container_plane`` comes in every way a device can be
-offered here; ``break_`` kills a plane's own processes; what a plane has no part for is skipped, with the reason.
+The tests know the two protocols and these helpers only; what differs between data planes is behind
+:class:`tests.contract.bench.Breaker`. Every test runs in each of the ways in which a plane offers devices.
 """
 
 from __future__ import annotations
@@ -9,12 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import shutil
-import socket
-import subprocess
-import tempfile
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -25,7 +20,7 @@ import pytest
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Mode, Volume
-from imgstorage.core.names import HostName, PoolName, VolumeName, VolumeUuid
+from imgstorage.core.names import HostName, VolumeName, VolumeUuid
 from imgstorage.core.ports import (
     ContainerPlane,
     CopyState,
@@ -37,69 +32,12 @@ from imgstorage.core.ports import (
     ReturnPort,
     Stamp,
 )
-from imgstorage.planes.userspace import front
-from imgstorage.planes.userspace.container import UserspaceContainer
-from imgstorage.planes.userspace.nas import NasSettings, UserspaceNas
-from imgstorage.planes.userspace.settings import ContainerSettings
-from imgstorage.tools import storage_daemon
-from imgstorage.tools.run import run
+from tests.contract import bench
+from tests.contract.bench import DEADLINE_S, HOST, SIZE, TANK, WORD, Breaker, Guest, Setup, wait_for
 
-SIZE = (24 << 20) + 3 * 512  # not a whole number of any cluster
-HOST = HostName("compute-0-0")
-TANK = PoolName("tank")
-DEADLINE_S = 30.0
-WORD = 4096
+__all__ = ["SIZE", "TANK", "Breaker", "World", "Writer", "wait_for"]
 
-
-def wait_for(what: Callable[[], Any], why: str, deadline_s: float = DEADLINE_S) -> Any:
-    """Poll until ``what()`` is true; fails the test at the deadline."""
-    until = time.monotonic() + deadline_s
-    while not (answer := what()):
-        if time.monotonic() > until:
-            pytest.fail(f"not within {deadline_s:g} s: {why}")
-        time.sleep(0.01)
-    return answer
-
-
-class Guest:
-    """A program that has the device open and writes through: a write has been acknowledged only once it is flushed."""
-
-    def __init__(self, path: str, size: int) -> None:
-        self.process = subprocess.Popen(
-            ["qemu-io", "-f", "raw", "-t", "writethrough", path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.size = size
-
-    def write(self, offset: int, length: int, pattern: int) -> bool:
-        """Write and flush; False if the device refused or the program is gone."""
-        assert self.process.stdin and self.process.stdout
-        try:
-            self.process.stdin.write(f"write -P {pattern} {offset} {length}\n")
-            self.process.stdin.flush()
-        except OSError:
-            return False
-        for line in self.process.stdout:
-            if "failed" in line or "rror" in line:
-                return False
-            if "ops; " in line:
-                return True
-        return False
-
-    def close(self) -> None:
-        """Close the device."""
-        assert self.process.stdin and self.process.stdout
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
+PLANE = bench.chosen()
 
 
 @dataclass
@@ -107,6 +45,7 @@ class World:
     """One volume, granted to one container, with what its bytes must be."""
 
     nas: NasPlane
+    breaker: Breaker
     container: ContainerPlane
     folder: Path
     import_dir: Path
@@ -167,9 +106,14 @@ class World:
         return last
 
     def settle(self) -> Progress:
-        done = self.container.settle(self.uuid, self.generation)
+        """Merge, and let go of the NAS, to the end."""
+        wait_for(lambda: self._settled().state is not CopyState.RUNNING, "the merge ends")
+        done = self._settled()
         assert done.state is CopyState.DONE, done
         return done
+
+    def _settled(self) -> Progress:
+        return self.container.settle(self.uuid, self.generation)
 
     def make_local(self) -> None:
         self.hydrate()
@@ -198,6 +142,26 @@ class World:
         self.container.release(self.uuid, self.generation, version)
         return version
 
+    def pull(self, port: ReturnPort | None = None) -> str:
+        """What was written so far comes back while the device stays; returns the new version."""
+        sent = self.send(port or self.port(ReturnKind.PULL))
+        assert sent.state is CopyState.DONE, sent
+        return self.pulled(sent.digest)
+
+    def pulled(self, digest: str) -> str:
+        """The NAS takes what was sent, and says so."""
+        version = self.taken(digest)
+        self.container.release(self.uuid, self.generation, version)
+        return version
+
+    def taken(self, digest: str) -> str:
+        """The NAS verifies and applies what was sent, and the container does not hear of it."""
+        version = self.nas.verify_return(self.grant, self.attempt, digest)
+        self.nas.apply_return(self.grant, version)
+        volume = replace(self.grant.volume, version=version, parent_version=self.grant.volume.version)
+        self.grant = replace(self.grant, volume=volume)
+        return version
+
     def next_grant(self, version: str, written: str = "") -> None:
         """The volume, which is this version now, granted again; as ``written`` after a writable grant in between."""
         if written:
@@ -221,7 +185,7 @@ class World:
     # -- the guest ------------------------------------------------------------------------------------------
 
     def guest(self) -> Guest:
-        guest = Guest(self.device().path, len(self.model))
+        guest = self.breaker.guest(self.device().path)
         self.guests.append(guest)
         return guest
 
@@ -250,9 +214,13 @@ class World:
 
     def assert_device(self) -> None:
         target = self.folder / f"device-{uuid.uuid4().hex}.raw"
-        run(["qemu-img", "convert", "-U", "-f", "raw", "-O", "raw", self.device().path, str(target)])
+        self.breaker.read(self.device().path, target)
         self.assert_bytes(target)
         target.unlink()
+
+    def snapshot(self) -> World:
+        """What the NAS must have if it is pulled now, and nobody writes meanwhile."""
+        return replace(self, model=bytearray(self.model), unsure=dict(self.unsure), guests=[])
 
     def assert_nas(self) -> None:
         target = self.import_dir / f"nas-{uuid.uuid4().hex}.raw"
@@ -293,7 +261,7 @@ class Writer:
         while not self._stop.is_set():
             if guest is None:
                 try:
-                    guest = Guest(self.world.device().path, SIZE)
+                    guest = self.world.breaker.guest(self.world.device().path)
                 except StopIteration:
                     return
             offset = self._random.randrange(SIZE // WORD) * WORD
@@ -326,77 +294,15 @@ def picture(path: Path, seed: int = 7) -> bytearray:
     return data
 
 
-# -- the userspace plane ------------------------------------------------------------------------------------
-
-
-class Breaker:
-    """Kills the processes of a container plane, and starts planes again over the same folders."""
-
-    def __init__(self, plane: UserspaceContainer, settings: ContainerSettings) -> None:
-        self.plane = plane
-        self.settings = settings
-
-    def _kill(self, uuid_: VolumeUuid, which: str) -> None:
-        runtime = self.plane._holdings[uuid_].runtime
-        daemon = getattr(runtime, which)
-        if daemon is None:
-            pytest.skip("this way of offering a device has no such daemon")
-        storage_daemon.kill(daemon)
-
-    def back(self, uuid_: VolumeUuid) -> None:
-        """What holds the data path."""
-        self._kill(uuid_, "back")
-
-    def front(self, uuid_: VolumeUuid) -> None:
-        """What gives the device its path."""
-        self._kill(uuid_, "front")
-
-    def transfer(self, uuid_: VolumeUuid) -> None:
-        """What sends changes back."""
-        runtime = self.plane._holdings[uuid_].runtime
-        if runtime.transfer is not None:
-            storage_daemon.kill(runtime.transfer)
-
-    def restart(self) -> UserspaceContainer:
-        """A new plane over the same state, as after the daemon was killed: the old one is not stopped."""
-        for holding in self.plane._holdings.values():
-            for copying in (holding.hydrating, holding.returning):
-                copying.cancel.set()
-                if copying.thread:
-                    copying.thread.join(DEADLINE_S)  # a killed daemon's threads would be gone
-        self.plane = UserspaceContainer(self.settings)
-        self.plane.start()
-        return self.plane
-
-    def serving_pids(self, uuid_: VolumeUuid) -> list[int]:
-        """The processes that serve a volume."""
-        runtime = self.plane._holdings[uuid_].runtime
-        return [daemon.pid for daemon in (runtime.back, runtime.front) if daemon]
-
-    def forget(self, uuid_: VolumeUuid) -> UserspaceContainer:
-        """Somebody takes the record of a volume away, and the plane starts anew without it."""
-        (self.plane._holdings[uuid_].folder / "state.json").unlink()
-        return self.restart()
-
-    def reboot(self) -> UserspaceContainer:
-        """A new boot: every process killed, run-time files gone, another boot id, nothing unsynced trusted."""
-        for holding in self.plane._holdings.values():
-            for daemon in (holding.runtime.back, holding.runtime.front, holding.runtime.transfer):
-                if daemon:
-                    storage_daemon.kill(daemon)
-            if holding.runtime.mount:
-                front.unmount(Path(holding.runtime.mount), lazy=True)
-            state_file = holding.folder / "state.json"
-            record = holding.record
-            assert record
-            state_file.write_text(state_file.read_text().replace(record.boot_id, "an-earlier-boot"))
-        shutil.rmtree(self.settings.run_dir)
-        return self.restart()
-
-
 @pytest.fixture
 def pace() -> int:
     """Bytes a second at which volumes are copied (0 = no limit); a test may set another."""
+    return 0
+
+
+@pytest.fixture
+def return_pace() -> int:
+    """Bytes a second at which changes come back (0 = no limit); a test may set another."""
     return 0
 
 
@@ -406,48 +312,13 @@ def pool_bytes() -> int:
     return 0
 
 
-@pytest.fixture
-def pool(tmp_path: Path, pool_bytes: int) -> Iterator[Path]:
-    """The container's pool: a folder, or a small file system of its own."""
-    folder = tmp_path / "tank"
-    folder.mkdir()
-    if not pool_bytes:
-        yield folder
-        return
-    try:
-        run(["mount", "-t", "tmpfs", "-o", f"size={pool_bytes}", "imgstorage-test", str(folder)])
-    except ImgStorageError as error:
-        pytest.skip(f"a small file system cannot be mounted here: {error}")
-    try:
-        yield folder
-    finally:
-        run(["umount", "-l", str(folder)])
-
-
-@pytest.fixture(params=["on", "off"], ids=["file", "nbd"])
+@pytest.fixture(params=PLANE.VARIANTS)
 def breaker(
-    request: pytest.FixtureRequest, tmp_path: Path, pool: Path, pool_bytes: int, pace: int
+    request: pytest.FixtureRequest, tmp_path: Path, pool_bytes: int, pace: int, return_pace: int
 ) -> Iterator[Breaker]:
-    run_dir = Path(tempfile.mkdtemp(prefix="ic-"))  # short: sockets are made in it
-    if request.param == "on" and not front.available(run_dir):
-        shutil.rmtree(run_dir)
-        pytest.skip("FUSE cannot be used here")
-    settings = ContainerSettings(
-        host=HOST,
-        state_dir=tmp_path / "state",
-        run_dir=run_dir,
-        pools={TANK: pool},
-        fuse=request.param,
-        copy_speed_bytes_s=pace,
-        watermark_bytes=pool_bytes // 4 or 64 << 20,
-    )
-    breaker = Breaker(UserspaceContainer(settings), settings)
-    try:
-        breaker.plane.start()
+    setup = Setup(tmp=tmp_path, variant=request.param, pace=pace, return_pace=return_pace, pool_bytes=pool_bytes)
+    with PLANE.bench(setup) as breaker:
         yield breaker
-    finally:
-        breaker.plane.stop()
-        shutil.rmtree(run_dir, ignore_errors=True)
 
 
 @pytest.fixture
@@ -455,9 +326,7 @@ def container_plane(breaker: Breaker) -> ContainerPlane:
     return breaker.plane
 
 
-def new_world(
-    nas: NasPlane, container: ContainerPlane, tmp_path: Path, import_dir: Path, *, mode: Mode, name: str
-) -> World:
+def new_world(nas: NasPlane, breaker: Breaker, tmp_path: Path, import_dir: Path, *, mode: Mode, name: str) -> World:
     """A volume with a picture on it, granted and not yet exported."""
     image = import_dir / f"{name}.img"
     model = picture(image)
@@ -470,7 +339,15 @@ def new_world(
         mode=mode,
         generation=Generation(counter=1, grant=os.urandom(4).hex()),
     )
-    return World(nas=nas, container=container, folder=tmp_path, import_dir=import_dir, grant=grant, model=model)
+    return World(
+        nas=nas,
+        breaker=breaker,
+        container=breaker.plane,
+        folder=tmp_path,
+        import_dir=import_dir,
+        grant=grant,
+        model=model,
+    )
 
 
 @pytest.fixture
@@ -483,32 +360,19 @@ def image_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def other_end(tmp_path: Path, image_dir: Path) -> Iterator[NasPlane]:
-    """The NAS of these tests: a real one, on a free port of loopback."""
-    pool = tmp_path / "nas-tank"
-    pool.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = Path(tempfile.mkdtemp(prefix="in-"))
-    nas = UserspaceNas(
-        NasSettings(state_dir=folder, pools={TANK: pool}, import_dirs=(image_dir,), address="127.0.0.1", port=port)
-    )
-    try:
-        nas.start()
+    """The NAS of these tests: a real one."""
+    with PLANE.other_end(tmp_path, image_dir) as nas:
         yield nas
-    finally:
-        nas.stop()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
 def make_world(
-    other_end: NasPlane, container_plane: ContainerPlane, tmp_path: Path, image_dir: Path
+    other_end: NasPlane, breaker: Breaker, tmp_path: Path, image_dir: Path
 ) -> Iterator[Callable[..., World]]:
     made: list[World] = []
 
     def make(mode: Mode = Mode.SYNC, name: str = "vol1") -> World:
-        made.append(new_world(other_end, container_plane, tmp_path, image_dir, mode=mode, name=name))
+        made.append(new_world(other_end, breaker, tmp_path, image_dir, mode=mode, name=name))
         return made[-1]
 
     yield make

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from imgstorage.core.errors import ImgStorageError
@@ -14,13 +12,11 @@ pytest_plugins = ("tests.contract.container_fixtures",)
 pytestmark = pytest.mark.real
 
 
-def test_a_pool_that_is_away_is_not_a_lost_copy(world: World, breaker: Breaker, tmp_path: Path) -> None:
+def test_a_pool_that_is_away_is_not_a_lost_copy(world: World, breaker: Breaker) -> None:
     world.attach()
     world.write(1 << 20, 4096, 6)
     world.close_guests()
-    pool = tmp_path / "tank"
-    pool.rename(tmp_path / "away")
-    world.container = breaker.restart()
+    world.container = breaker.pool_away()
     for work in (
         lambda: world.container.detach(world.uuid, world.generation, False),
         lambda: world.container.settle(world.uuid, world.generation),
@@ -29,6 +25,6 @@ def test_a_pool_that_is_away_is_not_a_lost_copy(world: World, breaker: Breaker, 
         with pytest.raises(ImgStorageError) as caught:
             work()
         assert caught.value.code == "failed", caught.value
-    (tmp_path / "away").rename(pool)
+    breaker.pool_back()
     world.container.tend()
     assert world.detach() is Held.OVERLAY

@@ -36,6 +36,7 @@ from imgstorage.core.messages import (
     Message,
     OperationAnswer,
     OperationChanged,
+    PullZvol,
     ShowOperation,
     UnmapZvol,
     ZvolList,
@@ -131,8 +132,9 @@ def frontend(broker: RealBroker) -> Iterator[Other]:
 
 
 def operation(request: Message, milestone: Milestone = Milestone.ACCEPTED, **more: object) -> Operation:
-    assert isinstance(request, (MapZvol, UnmapZvol, AddZvol, DelZvol))
-    kind = {MapZvol: Kind.MAP, UnmapZvol: Kind.UNMAP, AddZvol: Kind.ADD, DelZvol: Kind.DELETE}[type(request)]
+    assert isinstance(request, (MapZvol, UnmapZvol, PullZvol, AddZvol, DelZvol))
+    kinds = {MapZvol: Kind.MAP, UnmapZvol: Kind.UNMAP, PullZvol: Kind.PULL, AddZvol: Kind.ADD, DelZvol: Kind.DELETE}
+    kind = kinds[type(request)]
     found = Operation(op=request.op, kind=kind, nas=request.nas, pool="tank", volume=request.volume,
                       container="compute-0-3", accepted_at=1.0, changed_at=2.0, milestone=milestone)  # fmt: skip
     return replace(found, **more)  # type: ignore[arg-type]
@@ -237,6 +239,23 @@ def test_under_imgstorage_remove_waits_although_no_news_come(cli, frontend):
     frontend.answer = answer
     assert cli.run(REMOVE) == (0, "unmapping   nas-0-0 : vol1\nSuccess\n", "")
     assert len(shown) == 2
+
+
+def test_sync_waits_for_the_nas_unless_told_not_to(cli, frontend):
+    frontend.answer = at_once(Milestone.DONE)
+    assert cli.run("sync host storagemap nas-0-0 vol1", "rocks") == (0, "pulling   nas-0-0 : vol1\nSuccess\n", "")
+    (asked,) = frontend.asked
+    assert isinstance(asked, PullZvol)
+    assert (asked.nas, asked.volume, asked.pool) == ("nas-0-0", "vol1", None)
+    frontend.answer = at_once(Milestone.ACCEPTED)
+    status, out, err = cli.run("sync host storagemap nas-0-0 vol1 zpool=tank wait=no")
+    assert (status, out) == (0, "pulling   nas-0-0 : vol1\n")
+    assert "goes on as op-" in err
+    frontend.answer = lambda request: OperationAnswer(
+        operation=operation(request, Milestone.DONE, note="every write is there", accepted_at=0.0), repeated=True
+    )
+    told = (0, "pulling   nas-0-0 : vol1\nSuccess\n", "vol1: every write is there\n")
+    assert cli.run("sync host storagemap nas-0-0 vol1") == told
 
 
 def test_storageimg_prints_what_the_guide_shows(cli, frontend):

@@ -22,7 +22,7 @@ from imgstorage.core.ports import (
     ReturnKind,
     ReturnPort,
 )
-from tests.sim.disks import ContainerDisk, Copy, NasDisk, digest_of
+from tests.sim.disks import ContainerDisk, Copy, NasDisk, digest_of, next_version
 
 BLOCKS = 12
 BLOCK_BYTES = 1 << 20
@@ -154,7 +154,7 @@ class MemoryContainer:
     def progress(self, volume: VolumeUuid, generation: Generation) -> Progress:
         self._point("progress")
         copy = self._find(volume, generation)
-        if copy.phase == "returning":
+        if copy.phase == "returning" or (copy.phase == "local" and copy.point):
             return self._send_on(copy)
         return self._copy_on(copy)
 
@@ -178,10 +178,14 @@ class MemoryContainer:
     def send_back(self, volume: VolumeUuid, generation: Generation, port: ReturnPort) -> None:
         self._point("send_back")
         copy = self._find(volume, generation)
-        if port.kind is ReturnKind.PULL:
-            raise ImgStorageError("not_allowed", "this plane cannot pull")
-        if copy.phase != "returning":
-            raise ImgStorageError("conflict", f"the copy is {copy.phase}: it was not detached")
+        if copy.phase != ("local" if port.kind is ReturnKind.PULL else "returning"):
+            raise ImgStorageError("conflict", f"the copy is {copy.phase}: it cannot send a {port.kind.value}")
+        if port.attempt < max(copy.point, copy.attempt):
+            raise ImgStorageError("conflict", f"attempt {port.attempt} is over")
+        if port.kind is ReturnKind.PULL and copy.point != port.attempt:
+            copy.frozen = {**copy.frozen, **copy.overlay}
+            copy.overlay, copy.point, copy.attempt, copy.digest = {}, port.attempt, 0, ""
+            self._point("send_back")
         if copy.digest and copy.attempt == port.attempt:
             return
         going = self._sending.get(volume)
@@ -189,7 +193,8 @@ class MemoryContainer:
             self._sending[volume] = (port, 0)
 
     def _send_on(self, copy: Copy) -> Progress:
-        total = len(copy.overlay) * BLOCK_BYTES
+        blocks = copy.frozen if copy.phase == "local" else copy.overlay
+        total = len(blocks) * BLOCK_BYTES
         going = self._sending.get(copy.grant.volume.uuid)
         if copy.digest and (going is None or going[0].attempt == copy.attempt):
             return Progress(state=CopyState.DONE, done_bytes=total, total_bytes=total, digest=copy.digest)
@@ -204,13 +209,13 @@ class MemoryContainer:
         delta = nas.deltas[copy.grant.volume.uuid, str(copy.grant.generation), port.attempt]
         if sent == 0:
             delta.blocks.clear()
-        for number, value in sorted(copy.overlay.items())[sent : sent + PER_LOOK]:
+        for number, value in sorted(blocks.items())[sent : sent + PER_LOOK]:
             delta.blocks[number] = value
             sent += 1
         self._sending[copy.grant.volume.uuid] = (port, sent)
-        if sent < len(copy.overlay):
+        if sent < len(blocks):
             return Progress(state=CopyState.RUNNING, done_bytes=sent * BLOCK_BYTES, total_bytes=total)
-        copy.attempt, copy.digest = port.attempt, digest_of(copy.overlay)
+        copy.attempt, copy.digest, copy.sent_base = port.attempt, digest_of(blocks), port.base_version
         return Progress(state=CopyState.DONE, done_bytes=total, total_bytes=total, digest=copy.digest)
 
     # -- letting go
@@ -242,6 +247,9 @@ class MemoryContainer:
             self._point("detach")
             return Held.NOTHING
         copy.phase = "returning"
+        copy.overlay, copy.frozen = {**copy.frozen, **copy.overlay}, {}
+        copy.attempt, copy.digest, copy.point = 0, "", 0
+        self._sending.pop(volume, None)
         self._point("detach")
         return self._held(copy)
 
@@ -257,8 +265,16 @@ class MemoryContainer:
         if copy is None or copy.phase == "cache" or copy.grant.generation.counter > generation.counter:
             return
         self._find(volume, generation)
-        if copy.phase != "returning":
+        if copy.phase not in ("local", "returning"):
             raise ImgStorageError("not_allowed", f"{volume} is {copy.phase}: still in use")
+        sent = next_version(copy.sent_base, copy.grant.generation, copy.attempt, copy.digest)
+        if not copy.digest or version != sent:
+            return
+        if copy.phase == "local":
+            copy.base.update(copy.frozen)
+            copy.frozen = {}
+            self._point("release")
+            return
         self._sending.pop(volume, None)
         if copy.filled < BLOCKS:
             del self._disk.copies[volume]
@@ -312,8 +328,9 @@ def write(disk: ContainerDisk, fabric: dict[HostName, NasDisk], uuid: VolumeUuid
 def read(disk: ContainerDisk, fabric: dict[HostName, NasDisk], uuid: VolumeUuid, number: int) -> int:
     """A guest reads one block. Raises Unavailable."""
     copy = _device_of(disk, uuid)
-    if number in copy.overlay:
-        return copy.overlay[number]
+    for layer in (copy.overlay, copy.frozen):
+        if number in layer:
+            return layer[number]
     if copy.phase != "direct" and number < copy.filled:
         return copy.base.get(number, 0)
     nas, iqn = fabric[copy.grant.nas], copy.grant.portal.iqn if copy.grant.portal else ""

@@ -19,6 +19,10 @@ def digest_of(blocks: Blocks) -> str:
     return hashlib.sha256(repr(sorted(blocks.items())).encode()).hexdigest()[:16]
 
 
+def next_version(base: str, generation: Generation, attempt: int, digest: str) -> str:
+    return hashlib.sha256(f"{base} {generation} {attempt} {digest}".encode()).hexdigest()[:16]
+
+
 @dataclass
 class VolumeFile:
     """A volume on a NAS's disk. ``applying`` names the version that is being written into it."""
@@ -76,7 +80,11 @@ class NasDisk:
 
 @dataclass
 class Copy:
-    """What a container holds of a volume. ``phase``: preparing, direct, syncing, local, returning, cache."""
+    """What a container holds of a volume. ``phase``: preparing, direct, syncing, local, returning, cache.
+
+    ``frozen`` is what a pull of attempt ``point`` sends, below the overlay; ``sent_base`` the version that what was
+    sent last applies to.
+    """
 
     grant: Grant
     phase: str
@@ -84,6 +92,9 @@ class Copy:
     base: Blocks = field(default_factory=dict)
     filled: int = 0
     overlay: Blocks = field(default_factory=dict)
+    frozen: Blocks = field(default_factory=dict)
+    point: int = 0
+    sent_base: str = ""
     version: str = ""
     attempt: int = 0
     digest: str = ""

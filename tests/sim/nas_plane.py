@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -10,11 +9,7 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import NEVER_GRANTED, Generation, Mode, Volume
 from imgstorage.core.names import HostName, VolumeUuid
 from imgstorage.core.ports import ExportSeen, Grant, ImageInfo, Pool, Portal, ReturnKind, ReturnPort, Stamp
-from tests.sim.disks import Delta, NasDisk, Target, VolumeFile, digest_of
-
-
-def next_version(base: str, generation: Generation, attempt: int, digest: str) -> str:
-    return hashlib.sha256(f"{base} {generation} {attempt} {digest}".encode()).hexdigest()[:16]
+from tests.sim.disks import Delta, NasDisk, Target, VolumeFile, digest_of, next_version
 
 
 class MemoryNas:

@@ -18,6 +18,7 @@ from imgstorage.core.messages import (
     Message,
     OperationAnswer,
     OperationChanged,
+    PullZvol,
     Role,
     ShowOperation,
     UnmapZvol,
@@ -90,6 +91,9 @@ class Operators:
             op=self.new_op(), nas=NASES[0], volume=name, expires_at=self.expires(), force=force,
         ))  # fmt: skip
 
+    def pull(self, name: VolumeName) -> OpId:
+        return self.send(PullZvol(op=self.new_op(), nas=NASES[0], volume=name, expires_at=self.expires()))
+
     def send_unmap_of(self, volume: Volume) -> OpId:
         return self.send(UnmapZvol(
             op=self.new_op(), nas=NASES[0], pool=volume.pool, volume=volume.name, expires_at=self.expires(),
@@ -119,7 +123,7 @@ class Operators:
             return
         dice = self.cluster.clockwork.dice
         name = dice.choice(NAMES)
-        match dice.randrange(12):
+        match dice.randrange(15):
             case 0 | 1 | 2 | 3:
                 self.map(name, dice.choice(CONTAINERS), dice.choice(list(Mode)))
             case 4 | 5 | 6 | 7:
@@ -128,7 +132,9 @@ class Operators:
                 self.add(name)
             case 9:
                 self.delete(name)
-            case 10:
+            case 10 | 11 | 12:
+                self.pull(name)
+            case 13:
                 self.ask(dice.choice([ListZvols(nas=NASES[0]), ListDev(container=CONTAINERS[0])]))
             case _:
                 known = list(self.answers)

@@ -44,6 +44,23 @@ def life(bench: Bench, mode: Mode) -> None:
     bench.assert_bytes()
 
 
+def pulls(bench: Bench) -> None:
+    """A volume is pulled twice while a guest writes to it, and unmapped while it is pulled once more."""
+    people = bench.people
+    assert done(bench, lambda: people.map(VOL, HOME, Mode.SYNC)).milestone is Milestone.DONE
+    uuid = bench.volume().uuid
+    bench.until(lambda: bench.phase() is Phase.LOCAL)
+    for number in (3, 4, 3):
+        bench.until(lambda number=number: bench.guests.use(bench.disk(), uuid, number))
+        assert done(bench, lambda: people.pull(VOL)).milestone is Milestone.DONE
+    assert bench.cluster.nas_disk.files["tank", VOL].blocks == bench.guests.model[uuid]
+    bench.until(lambda: bench.guests.use(bench.disk(), uuid, 7))
+    people.pull(VOL)
+    bench.cluster.clockwork.forward(0.1)
+    assert done(bench, lambda: people.unmap(VOL)).milestone is Milestone.DONE
+    bench.assert_bytes()
+
+
 def jobs(bench: Bench) -> None:
     people, disk = bench.people, bench.cluster.nas_disk
     disk.images["/images/a.img"] = (12 << 20, {1: 77})
@@ -62,6 +79,7 @@ def jobs(bench: Bench) -> None:
 STORIES = {
     "sync": lambda bench: life(bench, Mode.SYNC),
     "direct": lambda bench: life(bench, Mode.DIRECT),
+    "pulls": pulls,
     "jobs": jobs,
 }
 

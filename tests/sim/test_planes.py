@@ -50,8 +50,8 @@ class Bench:
             pass
         assert self.container.settle(UUID, self.generation).state is CopyState.DONE
 
-    def sent(self, attempt: int) -> str:
-        port = self.nas.open_return(self.grant, ReturnKind.WRITE_BACK, attempt, "s")
+    def sent(self, attempt: int, kind: ReturnKind = ReturnKind.WRITE_BACK) -> str:
+        port = self.nas.open_return(self.grant, kind, attempt, "s")
         self.container.send_back(UUID, self.generation, port)
         while (now := self.container.progress(UUID, self.generation)).state is CopyState.RUNNING:
             pass
@@ -91,6 +91,37 @@ def test_there_and_back_each_verb_twice() -> None:
         bench.container.release(UUID, bench.generation, version)
     assert bench.nas_disk.files[TANK, "vol1"].blocks == {5: 50, 1: 11}
     assert [(copy.cache, copy.version) for copy in bench.container.held()] == [(True, version)]
+
+
+def test_a_pull_brings_what_was_written_until_it_began_and_releases_only_that() -> None:
+    bench = Bench()
+    bench.container.attach(bench.grant)
+    bench.copied()
+    bench.nas.unexport(bench.grant.volume, bench.generation)
+    bench.write(1, 11)
+    digest = bench.sent(1, ReturnKind.PULL)
+    bench.write(1, 12)
+    bench.write(2, 22)
+    assert bench.sent(1, ReturnKind.PULL) == digest
+    version = bench.nas.verify_return(bench.grant, 1, digest)
+    bench.nas.apply_return(bench.grant, version)
+    assert bench.nas_disk.files[TANK, "vol1"].blocks == {1: 11}
+    bench.container.release(UUID, bench.generation, "of something else")
+    assert bench.disk.copies[UUID].frozen == {1: 11}
+    for _ in range(2):
+        bench.container.release(UUID, bench.generation, version)
+    assert (bench.disk.copies[UUID].frozen, bench.read(1), bench.read(2)) == ({}, 12, 22)
+    bench.grant = replace(bench.grant, volume=bench.nas.stamps()[0].volume)
+    bench.sent(2, ReturnKind.PULL)
+    bench.write(3, 33)
+    assert bench.container.detach(UUID, bench.generation, False) is Held.LOCAL
+    bench.container.release(UUID, bench.generation, version)
+    assert [copy.held for copy in bench.container.held()] == [Held.LOCAL]
+    last = bench.nas.verify_return(bench.grant, 3, bench.sent(3))
+    bench.nas.apply_return(bench.grant, last)
+    bench.container.release(UUID, bench.generation, last)
+    assert bench.nas_disk.files[TANK, "vol1"].blocks == {1: 12, 2: 22, 3: 33}
+    assert [(copy.cache, copy.version) for copy in bench.container.held()] == [(True, last)]
 
 
 def test_another_generation_is_refused_everywhere() -> None:

@@ -62,9 +62,10 @@ def test_defaults_and_values(good: dict[str, Fields], tmp_path: Path) -> None:
     assert (kernel.plane, kernel.know_by, dict(kernel.pools)) == ("kernel", "auto", {})
     container = load_container(write(tmp_path / "vm.conf", good["container"]))
     assert (container.default_pool, container.fuse, container.copy_speed_bytes_s) == ("tank", "auto", 0)
-    good["container"]["container"] |= {"pool.pond": "/pond", "copy_speed": "10M", "fuse": "off"}
+    good["container"]["container"] |= {"pool.pond": "/pond", "copy_speed": "10M", "return_speed": "2m", "fuse": "off"}
     several = load_container(write(tmp_path / "vm.conf", good["container"]))
     assert (several.default_pool, several.copy_speed_bytes_s, several.fuse) == (None, 10 << 20, "off")
+    assert (container.return_speed_bytes_s, several.return_speed_bytes_s) == (0, 2 << 20)
     good["frontend"]["frontend"] |= {"img_sync": "yes", "img_sync.c-0-1": "no"}
     frontend = load_frontend(write(tmp_path / "frontend.conf", good["frontend"]))
     assert (frontend.img_sync, dict(frontend.img_sync_of)) == (True, {"c-0-1": False})
@@ -94,7 +95,8 @@ WRONG = [
     ("container", "container", "pool.tank", ""), ("container", "container", "vm_container_zpool", "pond"),
     ("container", "container", "vm_container_zpool", "a b"), ("container", "container", "run_dir", "run"),
     ("container", "container", "fuse", "perhaps"), ("container", "container", "copy_speed", "fast"),
-    ("container", "container", "copy_speed", "-1"), ("container", "container", "watermark", "1.5G"),
+    ("container", "container", "copy_speed", "-1"),
+    ("container", "container", "return_speed", "10 MB"), ("container", "container", "watermark", "1.5G"),
     ("container", "container", "plane", "none"),
     ("frontend", "frontend", "nas_hosts", "nas-0-0 NAS"), ("frontend", "frontend", "container_hosts", "a_b"),
     ("frontend", "frontend", "img_sync", "maybe"), ("frontend", "frontend", "img_sync.A", "yes"),

@@ -263,6 +263,20 @@ def test_unmap_cancels_a_pull_but_not_one_that_is_verified() -> None:
     assert (applied.mapping.phase, applied.mapping.op) == (P.DETACHING, UNMAP_OP)
 
 
+def test_a_pull_that_cannot_work_ends_and_the_device_stays() -> None:
+    refused = ev.Failed(step=S.TELL_RETURN.value, code="conflict", message="no", permanent=True)
+    decision = decide(mapping(SYNC, P.PULLING), refused)
+    assert (decision.mapping.phase, decision.mapping.op, decision.steps) == (P.LOCAL, None, (S.DROP_RETURN,))
+    assert decision.told == ((OTHER_OP, M.FAILED),)
+    for failed in (
+        replace(refused, permanent=False), replace(refused, step=S.UNEXPORT.value), replace(refused, code="diverged"),
+    ):  # fmt: skip
+        assert decide(mapping(SYNC, P.PULLING), failed).mapping.phase is not P.LOCAL
+    assert decide(mapping(SYNC, P.PULLING, verified=VERIFIED), refused).mapping.phase is P.PULLING
+    lost = ev.Failed(step=S.TELL_RETURN.value, code="lost_copy", message="gone", permanent=True)
+    assert decide(mapping(SYNC, P.PULLING), lost).mapping.phase is P.QUARANTINED
+
+
 @pytest.mark.parametrize("held", [Held.OVERLAY, Held.LOCAL])
 def test_a_container_that_lost_what_it_held_is_quarantined_and_ends_every_operation(held: Held) -> None:
     before = mapping(SYNC, P.DETACHING, held=held)

@@ -18,7 +18,7 @@ def older(one: Generation, other: Generation) -> bool:
 
 
 def next_version(base_version: str, generation: Generation, attempt: int, digest: str) -> str:
-    """The version of a volume's bytes after what came back was applied: asking again gives the same one."""
+    """The version of a volume's bytes after what came back was applied: both sides know it without being told."""
     return hashlib.sha256(f"{base_version} {generation} {attempt} {digest}".encode()).hexdigest()[:16]
 
 

@@ -13,6 +13,7 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Volume
 from imgstorage.core.names import PoolName, format_size
 from imgstorage.core.ports import Pool
+from imgstorage.planes.common.versions import next_version
 from imgstorage.planes.kernel import cow, device, layout, session, zvols
 from imgstorage.planes.kernel.container_settings import ContainerSettings
 from imgstorage.planes.kernel.holding import Holding
@@ -130,12 +131,20 @@ def finish_release(holding: Holding) -> None:
     )  # fmt: skip
 
 
+def is_proof(record: CopyRecord, version: str) -> bool:
+    """Whether ``version`` is what the NAS has once it holds exactly what was sent last: a release that is late, and
+    speaks of something sent before, proves nothing."""
+    if not record.digest:
+        return False
+    return version == next_version(record.sent_base, record.grant.generation, record.attempt, record.digest)
+
+
 def finish_pull(holding: Holding, version: str) -> None:
-    """What was sent while the volume is in use is what both sides have in common now."""
+    """What was sent while the volume is in use is what both sides have in common now, if ``version`` proves it."""
     known = holding.known
-    if not known.final:
+    if not known.final or not is_proof(known, version):
         return
-    holding.note(snapshot=known.final, snapshot_guid=int(known.digest), version=version, final="", digest="", attempt=0)
+    holding.note(snapshot=known.final, snapshot_guid=int(known.digest), version=version)
     keep_only(holding.local, known.final)
 
 

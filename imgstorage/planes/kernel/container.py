@@ -51,6 +51,7 @@ class KernelContainer:
         self._known = Known(settings)
         self._taking = threading.Lock()
         self._said: dict[str, str] = {}
+        self._cut = True  # a device that was cut off may be here still
 
     # -- life -----------------------------------------------------------------------------------------------
 
@@ -277,6 +278,7 @@ class KernelContainer:
             return
         if force:
             care.cut(holding)
+            self._cut = True
             log.warning("the device of %s was cut off from whoever had it open", holding.known.name)
             return
         if not live.info.suspended and holding.known.phase is not CopyPhase.PREPARING:
@@ -319,9 +321,13 @@ class KernelContainer:
         if holding.record.grant.generation.counter > generation.counter:
             return  # the older copy had to be gone before a newer grant could come
         known = self._known.find(volume, generation).known
-        if known.phase is CopyPhase.LOCAL and known.final:
+        if known.phase is CopyPhase.LOCAL:
             with holding.lock:
-                caches.finish_pull(holding, version)
+                if holding.known.phase is CopyPhase.LOCAL:
+                    caches.finish_pull(holding, version)
+            return
+        if known.phase is CopyPhase.RETURNING and not caches.is_proof(known, version):
+            log.info("%s: version %s is not what was sent last: nothing is released", known.name, version)
             return
         if known.phase not in (CopyPhase.RETURNING, CopyPhase.RELEASING):
             raise ImgStorageError("not_allowed", f"{known.name} is {known.phase.value}: still in use")
@@ -347,8 +353,10 @@ class KernelContainer:
             self._known.read()
         said = {where: f"{where} cannot be read: {why}" for where, why in self._known.unknown.items()}
         served = [one for one in self._known.all() if one.known.phase in OFFERED]
-        infos = device.all_ours() if served else []
-        device.remove_cut(infos)
+        infos = device.all_ours() if served or self._cut else []
+        if infos:
+            device.remove_cut(infos)
+        self._cut = any(device.CUT in info.name for info in infos)
         by_uuid = {info.uuid: info for info in infos if device.CUT not in info.name}
         for holding in served:
             said[holding.uuid] = care.tend(holding, by_uuid)

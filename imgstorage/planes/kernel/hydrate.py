@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.ports import CopyState, Progress
-from imgstorage.planes.kernel import layout, remote, talk, zvols
+from imgstorage.planes.kernel import layout, link, talk, zvols
 from imgstorage.planes.kernel.holding import Copying, Holding
 from imgstorage.planes.kernel.record import CopyPhase
 from imgstorage.planes.kernel.talk import Hello, Request, Verb
@@ -64,23 +64,23 @@ def _copy(holding: Holding, copying: Copying) -> None:
     grant = holding.known.grant
     right = holding.portal.transfer
     assert right is not None  # noqa: S101
-    with remote.connect(holding.settings.run_dir, grant.nas, right, copying) as link:
-        offer = link.hello.send
+    with link.connect(holding.settings.run_dir, grant.nas, right, copying) as line:
+        offer = line.hello.send
         if offer is None:
             raise ImgStorageError("bad_message", f"{grant.nas} offers nothing of {grant.volume.name}")
         with holding.lock:
             _still_wanted(holding, copying)
-            request, fresh = _plan(holding, link.hello, offer)
-        go = link.ask(request)
+            request, fresh = _plan(holding, line.hello, offer)
+        go = line.ask(request)
         if request.verb is Verb.SEND:
             if grant.volume.size_bytes and not layout.is_ours(offer.name):
                 raise ImgStorageError("bad_message", f"{grant.nas} offers {offer.name!r}, which is no snapshot of ours")
             stamp = {layout.STAMP: zvols.text(zvols.of(holding.known, Role.LOCAL)), "readonly": "on"}
             made = {**layout.VOLUME_PROPERTIES, **stamp} if fresh else {}
             argv = streams.receive_argv(f"{holding.local}@{offer.name}", properties=made)
-            _follow(link.receive(argv, holding.settings.copy_speed_bytes_s), copying, go.size_bytes)
+            _follow(line.receive(argv, holding.settings.copy_speed_bytes_s), copying, go.size_bytes)
         with contextlib.suppress(ImgStorageError):
-            link.finish()  # what arrived is compared, whatever ssh says of its end
+            line.finish()  # what arrived is compared, whatever ssh says of its end
     with holding.lock:
         _still_wanted(holding, copying)
         _verify(holding, copying, offer)
@@ -125,7 +125,7 @@ def _follow(pipeline: Pipeline, copying: Copying, stream_bytes: int) -> None:
         copying.progress = replace(copying.progress, done_bytes=done, wire_bytes=before + wire)
         copying.cancel.wait(POLL_S)
     copying.progress = replace(copying.progress, wire_bytes=before + outcome.bytes_done)
-    remote.check_zfs(outcome, 1)
+    link.check_zfs(outcome, 1)
 
 
 def _verify(holding: Holding, copying: Copying, offer: talk.Offer) -> None:

@@ -66,8 +66,9 @@ class CopyRecord:
 
     ``snapshot`` (short name) and ``snapshot_guid`` are what the local copy and the NAS have in common, of the bytes of
     ``version``; "" and 0 if there is no local copy. ``receiving_guid`` is that of the snapshot which is being copied.
-    ``cow_bytes`` is the COW device's size. ``final`` and ``digest`` (short name and guid) are the snapshot that goes
-    back; ``attempt`` the last way back that was sent whole (0 = none). ``wire_bytes``: what the last whole copy moved.
+    ``cow_bytes`` is the COW device's size. ``final`` and ``digest`` (short name and guid) are the snapshot that was
+    sent back, ``attempt`` its number (0 = none), ``sent_base`` the NAS's version that it applies to. ``wire_bytes`` is
+    what the last whole copy moved.
     """
 
     phase: CopyPhase
@@ -85,6 +86,7 @@ class CopyRecord:
     attempt: int = 0
     final: str = ""
     digest: str = ""
+    sent_base: str = ""
     wire_bytes: int = 0
     format: int = FORMAT
 

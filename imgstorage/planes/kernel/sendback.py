@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.ports import CopyState, Portal, Progress, ReturnKind, ReturnPort, Transfer
-from imgstorage.planes.kernel import cow, device, hydrate, layout, merge, remote, session, talk, zvols
+from imgstorage.planes.kernel import cow, device, hydrate, layout, link, merge, session, talk, zvols
 from imgstorage.planes.kernel.holding import Copying, Holding
 from imgstorage.planes.kernel.record import CopyPhase
 from imgstorage.planes.kernel.talk import Hello, Request, Verb
@@ -64,7 +64,10 @@ def _run(holding: Holding, copying: Copying, port: ReturnPort) -> None:
         with holding.lock:
             if copying.cancel.is_set():
                 return
-            holding.note(attempt=port.attempt, final=final, digest=digest, wire_bytes=copying.progress.wire_bytes)
+            holding.note(
+                attempt=port.attempt, final=final, digest=digest, sent_base=port.base_version,
+                wire_bytes=copying.progress.wire_bytes,
+            )  # fmt: skip
             last = copying.progress
             copying.progress = replace(last, state=CopyState.DONE, done_bytes=last.total_bytes, digest=digest)
     except (ImgStorageError, OSError) as error:
@@ -87,12 +90,12 @@ def _send(holding: Holding, copying: Copying, right: Transfer, *, pull: bool) ->
         _still_wanted(copying)
         final = _snapshot(holding, copying, pull=pull)
     nas = holding.known.grant.nas
-    with remote.connect(holding.settings.run_dir, nas, right, copying) as link:
-        request, argv = _plan(holding, link.hello, final)
-        link.ask(request)
+    with link.connect(holding.settings.run_dir, nas, right, copying) as line:
+        request, argv = _plan(holding, line.hello, final)
+        line.ask(request)
         if argv:
-            _follow(link.send(argv, holding.settings.return_speed_bytes_s), copying, _estimate(request, final, holding))
-        link.finish()
+            _follow(line.send(argv, holding.settings.return_speed_bytes_s), copying, _estimate(request, final, holding))
+        line.finish()
     return final.short, talk.digest(final.guid)
 
 
@@ -161,7 +164,7 @@ def _follow(pipeline: Pipeline, copying: Copying, stream_bytes: int) -> None:
         copying.progress = replace(copying.progress, done_bytes=done, wire_bytes=wire)
         copying.cancel.wait(POLL_S)
     copying.progress = replace(copying.progress, wire_bytes=outcome.bytes_done)
-    remote.check_zfs(outcome, 0)
+    link.check_zfs(outcome, 0)
 
 
 # -- a fold -------------------------------------------------------------------------------------------------

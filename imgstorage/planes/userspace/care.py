@@ -15,7 +15,7 @@ from pathlib import Path
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.names import PoolName, format_size
 from imgstorage.core.ports import Pool
-from imgstorage.planes.userspace import chain, front, hydrate, state
+from imgstorage.planes.userspace import chain, front, hydrate, layers, state
 from imgstorage.planes.userspace.holding import Holding
 from imgstorage.planes.userspace.state import CopyPhase
 from imgstorage.tools import storage_daemon
@@ -55,6 +55,7 @@ def recover(holding: Holding, *, fuse: bool) -> None:
             ensure_served(holding, fuse=fuse)
             if record.phase is CopyPhase.LOCAL:
                 hydrate.let_go(holding)
+                layers.resume(holding)
             return
         end_all(holding, force=True)
 
@@ -76,6 +77,8 @@ def tend(holding: Holding, *, fuse: bool) -> str:
         sentence = ensure_served(holding, fuse=fuse, closely=False)
         if holding.hydrating.wanted and holding.record.phase is CopyPhase.SYNCING and sentence:
             hydrate.start(holding)
+        if holding.record.phase is CopyPhase.LOCAL:
+            layers.resume(holding)
         return sentence
     except (ImgStorageError, OSError) as error:
         return f"{holding.known.grant.volume.name} cannot be served: {error}"
@@ -110,7 +113,8 @@ def watch_space(holding: Holding, free_bytes: int, pool_name: PoolName) -> str:
         if record is None or record.phase not in (CopyPhase.SYNCING, CopyPhase.LOCAL) or holding.back is None:
             return ""
         with holding.back.connect() as monitor:
-            chain.hold_writes(monitor, back=low)
+            layers.settle_switch(monitor, holding)
+            chain.hold_writes(monitor, holding, back=low)
             holding.paused = low
             job = storage_daemon.job(monitor, chain.STREAM_JOB)
             if job is not None and low and job.status == "running":

@@ -2,6 +2,9 @@
 
     NAS LUN "nas" (iSCSI, read-only in sync mode) ← "base" ← "ovl" ← "thr" (throttle) ← export "exp"
 
+Once changes were pulled from a device in use there may be further layers, "ovl-2" and so on, above the first or in
+its place: each node is named like its file, and only the top one is writable.
+
 The chain is always built from explicit nodes; what a qcow2 header says of its backing is never used. One daemon
 per volume: adding an iSCSI node is synchronous, so a frozen NAS freezes one volume's monitor and no other's.
 The throttle node lets guest writes pause while the pool is full; it changes groups by blockdev-reopen, because
@@ -13,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 from imgstorage.core.errors import ImgStorageError
@@ -32,6 +36,7 @@ CREATE_TIMEOUT_S = 30.0
 WITHDRAW_TIMEOUT_S = 2.0
 FLUSH_TIMEOUT_S = 20.0
 EXPORT = "exp"
+ROOT = "thr"
 STREAM_JOB = "sync"
 FLUSHED_QUIT_S = 2.0
 COPIES = (CopyPhase.SYNCING, CopyPhase.LOCAL)
@@ -98,20 +103,27 @@ def make_overlay(monitor: Monitor, holding: Holding) -> None:
     """A new, empty overlay, durable when this returns. Only while the record says ``preparing``."""
     if holding.known.phase is not CopyPhase.PREPARING:
         raise ImgStorageError("internal", "an overlay is only made while preparing")
-    holding.overlay.unlink(missing_ok=True)
-    os.close(os.open(holding.overlay, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    monitor.command("blockdev-add", {"driver": "file", "node-name": "new", "filename": str(holding.overlay)})
+    make_layer(monitor, holding, holding.overlay)
+
+
+def make_layer(monitor: Monitor, holding: Holding, path: Path) -> None:
+    """A new, empty layer, durable when this returns; what has its name is removed."""
+    path.unlink(missing_ok=True)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    if "new" in storage_daemon.nodes(monitor):  # whoever made the last one did not get to its end
+        monitor.command("blockdev-del", {"node-name": "new"})
+    monitor.command("blockdev-add", {"driver": "file", "node-name": "new", "filename": str(path)})
     try:
         format_qcow2(monitor, "new", holding.known.grant.volume.size_bytes, ("below", "raw"))
     finally:
         monitor.command("blockdev-del", {"node-name": "new"})
-    files.fsync_file(holding.overlay)
+    files.fsync_file(path)
     files.fsync_dir(holding.folder)
 
 
-def overlay_node(holding: Holding, below: str) -> dict[str, Any]:
-    """The overlay over ``below``."""
-    return qcow2_node("ovl", holding.overlay, below)
+def overlay_node(holding: Holding, below: str | None) -> dict[str, Any]:
+    """The layer that the guest writes to, over ``below``."""
+    return qcow2_node(holding.overlay.stem, holding.overlay, below)
 
 
 def base_node(holding: Holding) -> dict[str, Any]:
@@ -150,22 +162,25 @@ def build(monitor: Monitor, holding: Holding) -> str:
         raise ImgStorageError("lost_copy", f"{holding.base} is gone, though the copy was complete")
     if record.phase is CopyPhase.PREPARING:
         make_overlay(monitor, holding)
+    for layer in holding.layers[:-1]:
+        monitor.command("blockdev-add", qcow2_node(layer.stem, layer, below, read_only=True))
+        below = layer.stem
     monitor.command("blockdev-add", overlay_node(holding, below))
     monitor.command("object-add", {"qom-type": "throttle-group", "id": FREE})
     monitor.command("object-add", {"qom-type": "throttle-group", "id": HELD_BACK, "limits": {"bps-write": 1}})
-    monitor.command("blockdev-add", throttle_node(FREE))
+    monitor.command("blockdev-add", throttle_node(holding, FREE))
     holding.paused = False
-    return "thr"
+    return ROOT
 
 
-def throttle_node(group: str) -> dict[str, Any]:
-    """The node above the overlay, in one of the two groups."""
-    return {"driver": "throttle", "node-name": "thr", "throttle-group": group, "file": "ovl"}
+def throttle_node(holding: Holding, group: str) -> dict[str, Any]:
+    """The node above the layers, in one of the two groups."""
+    return {"driver": "throttle", "node-name": ROOT, "throttle-group": group, "file": holding.overlay.stem}
 
 
-def hold_writes(monitor: Monitor, *, back: bool) -> None:
-    """Let guest writes wait, or go on."""
-    monitor.command("blockdev-reopen", {"options": [throttle_node(HELD_BACK if back else FREE)]})
+def hold_writes(monitor: Monitor, holding: Holding, *, back: bool) -> None:
+    """Let guest writes wait, or go on. Only while the top layer of the record is in use."""
+    monitor.command("blockdev-reopen", {"options": [throttle_node(holding, HELD_BACK if back else FREE)]})
 
 
 def offer(monitor: Monitor, holding: Holding, node: str) -> None:
@@ -188,6 +203,8 @@ def reopen_back(holding: Holding) -> None:
     try:
         with launch_back(holding) as monitor:
             offer(monitor, holding, build(monitor, holding))
+            if record.switching:
+                holding.advance(record.phase, switching=False)
     except ImgStorageError:
         end_back(holding)
         raise
@@ -240,7 +257,7 @@ def flush(holding: Holding) -> bool:
         server = {"type": "unix", "path": holding.runtime.nbd}
         if EXPORT in storage_daemon.exports(monitor):
             monitor.command("block-export-del", {"id": EXPORT, "mode": "hard"})
-        export = {"type": "nbd", "id": "flush", "node-name": "ovl", "name": "flush", "writable": True}
+        export = {"type": "nbd", "id": "flush", "node-name": holding.overlay.stem, "name": "flush", "writable": True}
         monitor.command("block-export-add", export)
         options = qemu_img.pseudo({"driver": "nbd", "server": server, "export": "flush"})
         run(["qemu-io", "-c", "flush", options], timeout_s=FLUSH_TIMEOUT_S)

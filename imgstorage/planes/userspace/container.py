@@ -20,7 +20,7 @@ from imgstorage.core.names import PoolName, VolumeName, VolumeUuid
 from imgstorage.core.ports import Device, Grant, HeldCopy, Pool, Progress, ReturnPort
 from imgstorage.planes.common import files, openers
 from imgstorage.planes.common.seen import Ledger
-from imgstorage.planes.userspace import care, chain, front, hydrate, layout, sendback, space, state, warm
+from imgstorage.planes.userspace import care, chain, front, hydrate, layers, layout, sendback, space, state, warm
 from imgstorage.planes.userspace.holding import Copying, Holding
 from imgstorage.planes.userspace.settings import ContainerSettings
 from imgstorage.planes.userspace.state import CopyPhase, CopyRecord
@@ -89,6 +89,7 @@ class UserspaceContainer:
         for holding in self._all():
             hydrate.cancel(holding)
             sendback.cancel(holding)
+            layers.stop(holding)
             with holding.lock:
                 care.end_all(holding, force=True)
         care.end_unknown(self._settings.run_dir)
@@ -285,7 +286,7 @@ class UserspaceContainer:
         return sendback.progress(holding) or hydrate.progress(holding)
 
     def send_back(self, volume: VolumeUuid, generation: Generation, port: ReturnPort) -> None:
-        """See the protocol. ``not_allowed`` for a pull: this plane sends back only what is not in use."""
+        """See the protocol. Raises ``conflict``, ``no_space``."""
         sendback.start(self._find(volume, generation), port)
 
     # -- letting go -----------------------------------------------------------------------------------------
@@ -313,6 +314,7 @@ class UserspaceContainer:
             raise self._stale(record, generation)
         if record.phase not in (*state.OFFERED, CopyPhase.PREPARING):
             return record.held
+        sendback.cancel(holding)  # a pull: nobody waits for it any more
         if not force and (found := self._openers(holding)):
             raise self._in_use(record, found)
         with holding.lock:
@@ -321,13 +323,16 @@ class UserspaceContainer:
             if not force and not chain.withdraw(holding):
                 raise self._in_use(record, self._openers(holding) or ["a program that has just opened it"])
             hydrate.cancel(holding)
+            holding.folding.cancel.set()
             chain.end_back(holding)
             self._ledger.close(volume, generation)
             if record.phase in (CopyPhase.DIRECT, CopyPhase.PREPARING):
                 holding.drop()
                 return Held.NOTHING
-            files.fsync_file(holding.overlay)
-            return holding.advance(CopyPhase.RETURNING).held
+            for layer in holding.layers:
+                files.fsync_file(layer)
+            holding.returning = Copying()
+            return holding.advance(CopyPhase.RETURNING, attempt=0, digest="", sent_base="", switching=False).held
 
     def _never_attached(self, volume: VolumeUuid, generation: Generation) -> Held:
         """The answer for a grant of which no record is here. Raises ``lost_copy`` if there must have been one, or
@@ -368,8 +373,16 @@ class UserspaceContainer:
         if holding.record.grant.generation.counter > generation.counter:
             return  # the older copy had to be gone before a newer grant could come
         record = self._find(volume, generation).known
-        if record.phase not in (CopyPhase.RETURNING, CopyPhase.RELEASING):
+        if record.phase not in (CopyPhase.LOCAL, CopyPhase.RETURNING, CopyPhase.RELEASING):
             raise ImgStorageError("not_allowed", f"{record.grant.volume.name} is {record.phase.value}: still in use")
+        if record.phase is CopyPhase.LOCAL:
+            with holding.lock:
+                if holding.known.phase is CopyPhase.LOCAL:
+                    layers.release(holding, version)
+            return
+        if record.phase is CopyPhase.RETURNING and not layers.is_proof(record, version):
+            log.info("%s: version %s is not what was sent last: nothing is released", record.grant.volume.name, version)
+            return
         sendback.cancel(holding)
         with holding.lock:
             if record.phase is CopyPhase.RETURNING:

@@ -48,7 +48,9 @@ class Runtime:
 
 @dataclass
 class Copying:
-    """A copy in the background: what it said last, and how to stop it."""
+    """A copy in the background: what it said last, and how to stop it. ``reading``: it changes nothing any more, so
+    whoever stops it need not wait for it.
+    """
 
     progress: Progress = field(default_factory=lambda: Progress(state=_none()))
     thread: threading.Thread | None = None
@@ -56,6 +58,7 @@ class Copying:
     meter: Meter = field(default_factory=Meter)
     attempt: int = 0
     wanted: bool = False
+    reading: bool = False
     daemon: Daemon | None = None
 
     @property
@@ -82,6 +85,8 @@ class Holding:
         self.runtime = self._load_runtime()
         self.hydrating = Copying()
         self.returning = Copying()
+        self.folding = Copying()
+        self.fold_began = 0.0
         self.paused = False
         self.run_folder = settings.run_dir / hashlib.sha256(uuid.encode()).hexdigest()[:10]
 
@@ -100,9 +105,14 @@ class Holding:
         return self.folder / state.BASE_FILE
 
     @property
+    def layers(self) -> tuple[Path, ...]:
+        """What the guest wrote, from the bottom to the top."""
+        return tuple(self.folder / name for name in self.known.layers)
+
+    @property
     def overlay(self) -> Path:
-        """What the guest wrote."""
-        return self.folder / state.OVERLAY_FILE
+        """What the guest writes to."""
+        return self.layers[-1]
 
     @property
     def device_name(self) -> str:
@@ -199,9 +209,12 @@ class Holding:
                     entry.unlink()
 
     def clear_unfinished(self) -> None:
-        """Remove what was being made, and never got its name."""
+        """Remove what was being made and never got its name, and layers that the record does not list (any more)."""
         for prefix in (state.NEW_BASE_PREFIX, files.TMP_PREFIX):
             for entry in self.folder.glob(f"{prefix}*"):
+                entry.unlink(missing_ok=True)
+        for entry in self.folder.glob(state.LAYER_PATTERN):
+            if entry.name not in self.known.layers:
                 entry.unlink(missing_ok=True)
 
     def clear_run_files(self, suffix: str, keep: str) -> None:

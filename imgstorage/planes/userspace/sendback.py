@@ -1,8 +1,9 @@
 """The way back: what the guest wrote, into a delta on a scratch LUN of the NAS.
 
-A storage daemon of its own (the device's are gone) formats the LUN as qcow2 and mirrors the overlay alone into it
-(``sync=top`` over a null node: neither base nor NAS image is read). At "ready" the job is ended without a pivot,
-everything is closed cleanly, and the digest of the overlay is what the NAS has to find. Rules:
+A storage daemon of its own formats the LUN as qcow2 and mirrors one layer alone into it (``sync=top`` over a null node:
+neither base nor NAS image is read). At "ready" the job is ended without a pivot, everything is closed cleanly, and the
+digest of the layer is what the NAS has to find. It is the overlay of a device that is gone; or, for a pull, the layer
+that was frozen below a device in use (``layers.py``): a NAS that hangs cannot make that device wait. Rules:
 
 * A way back that was broken off starts afresh; nothing on the container changes by it.
 * ``attempt`` and digest are written durably at the end: asked again, the same attempt answers at once.
@@ -13,12 +14,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.ports import CopyState, Portal, Progress, ReturnKind, ReturnPort
-from imgstorage.planes.userspace import chain
+from imgstorage.planes.userspace import chain, layers, space
 from imgstorage.planes.userspace.digest import layer_digest
 from imgstorage.planes.userspace.holding import Copying, Holding
 from imgstorage.planes.userspace.state import CopyPhase
@@ -36,15 +39,16 @@ END_TIMEOUT_S = 60.0
 
 
 def start(holding: Holding, port: ReturnPort) -> None:
-    """Start sending to ``port``, or let it go on. Raises ``not_allowed``, ``conflict``."""
-    if port.kind is ReturnKind.PULL:
-        raise ImgStorageError("not_allowed", "this data plane cannot send a copy back while it is in use")
+    """Start sending to ``port``, or let it go on. Raises ``conflict``, ``no_space``."""
+    wanted = CopyPhase.LOCAL if port.kind is ReturnKind.PULL else CopyPhase.RETURNING
     if port.portal is None:
         raise ImgStorageError("internal", "the port names no portal")
     with holding.lock:
         record = holding.known
-        if record.phase is not CopyPhase.RETURNING:
-            raise ImgStorageError("conflict", f"the copy is {record.phase.value}: it was not detached")
+        if record.phase is not wanted:
+            raise ImgStorageError("conflict", f"the copy is {record.phase.value}, not {wanted.value}")
+        if port.attempt < max(record.point, record.attempt):
+            raise ImgStorageError("conflict", f"attempt {port.attempt} of the way back is over")
         if record.digest and record.attempt == port.attempt:
             return
         copying = holding.returning
@@ -53,33 +57,41 @@ def start(holding: Holding, port: ReturnPort) -> None:
             return
     cancel(holding)
     with holding.lock:
+        if wanted is CopyPhase.LOCAL and record.point != port.attempt:
+            space.need_room_for_layer(holding)
         copying = Copying(attempt=port.attempt)
         copying.progress = Progress(state=CopyState.RUNNING, total_bytes=_amount(holding))
         holding.returning = copying
-        copying.thread = threading.Thread(
-            target=_send, args=(holding, copying, port.portal), name="send-back", daemon=True
-        )
+        copying.thread = threading.Thread(target=_send, args=(holding, copying, port), name="send-back", daemon=True)
         copying.thread.start()
 
 
 def _amount(holding: Holding) -> int:
-    return holding.overlay.stat().st_blocks * 512
+    return layers.written_bytes(holding.layers)
 
 
-def _send(holding: Holding, copying: Copying, portal: Portal) -> None:
+def _send(holding: Holding, copying: Copying, port: ReturnPort) -> None:
     """The thread of one attempt. Its failure is what ``progress`` then reports."""
+    phase = holding.known.phase
     try:
-        _transfer(holding, copying, portal)
+        if phase is CopyPhase.LOCAL:
+            layers.freeze(holding, port.attempt, copying.cancel)
+        else:
+            layers.consolidate(holding, copying)
+        layer = holding.layers[0]
+        _transfer(holding, copying, port, layer)
+        copying.reading = True
         if copying.cancel.is_set():
             return
-        digest = layer_digest(holding.overlay)
+        digest = layer_digest(layer)
         with holding.lock:
-            if copying.cancel.is_set() or holding.known.phase is not CopyPhase.RETURNING:
+            if copying.cancel.is_set() or holding.known.phase is not phase:
                 return
             holding.advance(
-                CopyPhase.RETURNING,
+                phase,
                 attempt=copying.attempt,
                 digest=digest,
+                sent_base=port.base_version,
                 wire_bytes=copying.meter.sent_bytes,
             )
         last = copying.progress
@@ -90,39 +102,27 @@ def _send(holding: Holding, copying: Copying, portal: Portal) -> None:
             copying.progress = replace(copying.progress, state=CopyState.FAILED, reason=str(error))
 
 
-def _transfer(holding: Holding, copying: Copying, portal: Portal) -> None:
-    with holding.lock:
-        holding.end_strays()
-        folder = holding.make_run_folder()
-        daemon = storage_daemon.launch(folder / f"r{copying.attempt}.mon", folder / "return.log")
-        holding.set_runtime(transfer=daemon)
-        copying.daemon = daemon
+def _transfer(holding: Holding, copying: Copying, port: ReturnPort, layer: Path) -> None:
+    assert port.portal is not None  # noqa: S101
     try:
-        with daemon.connect() as monitor:
-            _mirror(monitor, holding, copying, portal)
-            copying.meter.look(daemon.pid, portal)
+        with layers.helper(holding, copying) as daemon, daemon.connect() as monitor:
+            _mirror(monitor, holding, copying, port.portal, layer)
+            copying.meter.look(daemon.pid, port.portal)
             monitor.command("blockdev-del", {"node-name": "dst"})
-            copying.meter.look(daemon.pid, portal)
+            copying.meter.look(daemon.pid, port.portal)
             monitor.command("blockdev-del", {"node-name": "lun"})
-    except BaseException:
-        storage_daemon.kill(daemon)
-        raise
     finally:
-        storage_daemon.end(daemon)
-        copying.daemon = None
         copying.progress = replace(copying.progress, wire_bytes=copying.meter.sent_bytes)
-        with holding.lock:
-            holding.set_runtime(transfer=None)
 
 
-def _mirror(monitor: Monitor, holding: Holding, copying: Copying, portal: Portal) -> None:
+def _mirror(monitor: Monitor, holding: Holding, copying: Copying, portal: Portal, layer: Path) -> None:
     size = holding.known.grant.volume.size_bytes
     chain.open_lun(monitor, holding, portal, "lun", writable=True, size=0)
     chain.format_qcow2(monitor, "lun", size, None)
     monitor.command("blockdev-add", {"driver": "qcow2", "node-name": "dst", "file": "lun", "backing": None})
     below: dict[str, Any] = {"driver": "null-co", "node-name": "below", "size": size, "read-zeroes": True}
     monitor.command("blockdev-add", below)
-    monitor.command("blockdev-add", qcow2_node("ovl", holding.overlay, "below", read_only=True))
+    monitor.command("blockdev-add", qcow2_node("ovl", layer, "below", read_only=True))
     monitor.command(
         "blockdev-mirror",
         {
@@ -131,6 +131,7 @@ def _mirror(monitor: Monitor, holding: Holding, copying: Copying, portal: Portal
             "target": "dst",
             "sync": "top",
             "granularity": GRANULARITY_BYTES,
+            "speed": holding.settings.return_speed_bytes_s,
             "auto-dismiss": False,
             "on-source-error": "stop",
             "on-target-error": "stop",
@@ -184,7 +185,7 @@ def progress(holding: Holding) -> Progress | None:
     if copying.running or (copying.attempt and copying.attempt != record.attempt):
         return copying.progress
     if record.digest:
-        amount = _amount(holding) if holding.overlay.exists() else 0
+        amount = _amount(holding)
         return Progress(
             state=CopyState.DONE,
             done_bytes=amount,
@@ -196,11 +197,13 @@ def progress(holding: Holding) -> Progress | None:
 
 
 def cancel(holding: Holding, deadline_s: float = 30.0) -> None:
-    """End a way back, and wait until its thread has ended. Call it without the lock."""
+    """End a way back, and wait until its thread does nothing more. Call it without the lock."""
     copying = holding.returning
     if copying.thread is None:
         return
     copying.cancel.set()
-    copying.thread.join(deadline_s)
-    if copying.thread.is_alive():
+    until = time.monotonic() + deadline_s
+    while copying.thread.is_alive() and not copying.reading and time.monotonic() < until:
+        copying.thread.join(POLL_S)
+    if copying.thread.is_alive() and not copying.reading:
         raise ImgStorageError("failed", "the earlier way back has not stopped yet")

@@ -16,9 +16,9 @@ class ContainerSettings:
     ``pools`` maps each pool to its folder; ``default_pool`` is used when a grant names none. ``state_dir`` is
     durable, ``run_dir`` is lost at a reboot and must be short (unix sockets are made in it). ``fuse``: "auto"
     (where it can be used, tried at start), "on" or "off". ``copy_speed_bytes_s`` limits each copy NAS →
-    container (0 = no limit). ``watermark_bytes``: guest writes pause while a pool has less than this free.
-    ``reserve`` is the share of the worst case (see ``layout.need_bytes``) that must be free before a volume is
-    taken: 1.0 never runs full; 0 trusts sparse volumes and the watermark.
+    container, ``return_speed_bytes_s`` each way back (0 = no limit). ``watermark_bytes``: guest writes pause while
+    a pool has less than this free. ``reserve`` is the share of the worst case (see ``layout.need_bytes``) that must
+    be free before a volume is taken: 1.0 never runs full; 0 trusts sparse volumes and the watermark.
     """
 
     host: HostName
@@ -28,5 +28,6 @@ class ContainerSettings:
     default_pool: PoolName | None = None
     fuse: str = "auto"
     copy_speed_bytes_s: int = 0
+    return_speed_bytes_s: int = 0
     watermark_bytes: int = 64 * MIB
     reserve: float = 1.0

@@ -48,3 +48,19 @@ def make_room(settings: ContainerSettings, held: Sequence[Holding], volume: Volu
         with cache.lock:
             if cache.record is not None and cache.record.phase is CopyPhase.CACHE:
                 cache.drop()
+
+
+def need_room_for_layer(holding: Holding) -> None:
+    """Raise ``no_space`` unless a pull can begin a layer more, and what is there now go into the base."""
+    settings, record = holding.settings, holding.known
+    if record.pool is None:
+        raise ImgStorageError("internal", "there is no pool")
+    wanted = settings.watermark_bytes + sum(layer.stat().st_blocks * 512 for layer in holding.layers)
+    free = care.pool(record.pool, settings.pools[record.pool]).free_bytes
+    if free < wanted:
+        raise ImgStorageError(
+            "no_space",
+            f"pool {record.pool} has {format_size(free)} free; {format_size(wanted)} must be free to pull changes of "
+            f"{record.grant.volume.name} while it is in use",
+            host=settings.host,
+        )

@@ -8,7 +8,9 @@ tables that make it complete are on disk, so a base that looks complete may stil
 * ``syncing`` is durable before the device is offered; from then on the overlay holds what a guest wrote.
   The base may be incomplete: the chain is always opened over the NAS, and streamed again. After another boot
   (``boot_id``) the base may be torn by a power loss: it alone is discarded, never the overlay.
-* ``local``: the base is complete and was fsynced before this was written.
+* ``local``: the base is complete and was fsynced before this was written. ``layers`` lie above it, from the bottom
+  to the top; each is listed before anything can be written to it, and until the bytes of the one below it that it
+  was merged into are durable (see ``layers.py``).
 * ``returning``: the device is gone for good. ``releasing``: the NAS has proven to hold everything (as
   ``version``): what is here may be made a cache, or dropped. ``cache``: one clean base of ``version``.
 * ``direct``: nothing but the record is here.
@@ -31,6 +33,7 @@ STATE_FILE = "state.json"
 RUN_FILE = "run.json"
 BASE_FILE = "base.qcow2"
 OVERLAY_FILE = "ovl.qcow2"
+LAYER_PATTERN = "ovl*.qcow2"
 NEW_BASE_PREFIX = ".new-base-"
 TRASH_FOLDER = ".trash"
 FORMAT = 1
@@ -68,7 +71,9 @@ UNSAVED = frozenset({C.SYNCING, C.LOCAL, C.RETURNING})
 @dataclass(frozen=True, kw_only=True)
 class CopyRecord:
     """What ``state.json`` says. ``version`` is that of the base's bytes; ``attempt`` and ``digest`` are those of
-    the last way back that was sent whole (0, "" = none); ``wire_bytes`` what the last whole copy moved.
+    the last way back that was sent whole (0, "" = none), applied to ``sent_base``; ``wire_bytes`` what the last whole
+    copy moved. ``point`` is the attempt of the pull for which all layers but the top one were frozen; ``switching``:
+    the top one may not be in use yet; ``proven``: the NAS holds the lowest one, which may go into the base.
     """
 
     phase: CopyPhase
@@ -80,6 +85,11 @@ class CopyRecord:
     attempt: int = 0
     digest: str = ""
     wire_bytes: int = 0
+    sent_base: str = ""
+    layers: tuple[str, ...] = (OVERLAY_FILE,)
+    point: int = 0
+    switching: bool = False
+    proven: bool = False
     format: int = FORMAT
 
     @property

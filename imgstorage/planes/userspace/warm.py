@@ -45,5 +45,5 @@ def finish_release(holding: Holding) -> None:
         qemu_img.commit(qemu_img.node(holding.overlay, "qcow2", backing=base))
         files.fsync_file(holding.base)
         files.remove_durably(holding.overlay)
-    holding.advance(CopyPhase.CACHE, digest="", attempt=0)
+    holding.advance(CopyPhase.CACHE, digest="", attempt=0, sent_base="", layers=(state.OVERLAY_FILE,), point=0)
     shutil.rmtree(holding.run_folder, ignore_errors=True)  # a cache is served by nobody
