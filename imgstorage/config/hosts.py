@@ -46,9 +46,10 @@ class NasConfig(DaemonConfig):
 class ContainerConfig(DaemonConfig):
     """``img-storage-vm``, for either data plane.
 
+    ``copy_speed`` limits each copy to the container, ``return_speed`` each way back: bytes per second, 0 = no limit.
     Userspace: ``pools`` by name, whether FUSE is used (auto, on, off), ``reserve``: the share of what a volume may
-    take at its worst that must be free before it is taken. Kernel: ``zpools`` (or datasets below one), the share of a
-    volume that a COW device can take, the limit of a way back.
+    take at its worst that must be free before it is taken. Kernel: ``zpools`` (or datasets below one), and the share of
+    a volume that a COW device can take.
     """
 
     plane: str
@@ -57,9 +58,9 @@ class ContainerConfig(DaemonConfig):
     default_pool: PoolName | None
     run_dir: Path
     cow_percent: int
-    return_speed_bytes_s: int
     fuse: str
     copy_speed_bytes_s: int
+    return_speed_bytes_s: int
     watermark_bytes: int
     reserve: float
 
@@ -138,7 +139,7 @@ def load_container(path: Path) -> ContainerConfig:
         default_pool=default,
         run_dir=container.path("run_dir", "/run/imgstorage"),
         copy_speed_bytes_s=container.size("copy_speed", 0),
-        return_speed_bytes_s=container.size("return_speed", 0) if kernel else 0,
+        return_speed_bytes_s=container.size("return_speed", 0),
         cow_percent=container.integer("cow_percent", 100, 1, 100) if kernel else 100,
         fuse="off" if kernel else container.choice("fuse", ("auto", "on", "off"), "auto"),
         watermark_bytes=0 if kernel else container.size("watermark", 64 << 20),
