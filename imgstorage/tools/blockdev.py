@@ -12,6 +12,7 @@ the link is made from: :func:`wait_zvol` returns a device only when that says so
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import time
@@ -29,6 +30,9 @@ BLOCK = Path("/sys/class/block")
 TIMEOUT_S = 20.0
 FLUSH_TIMEOUT_S = 120.0
 POLL_S = 0.02
+ZNAME_BYTES = 256
+BLKZNAME = 2 << 30 | ZNAME_BYTES << 16 | 0x12 << 8 | 125
+"""_IOR(0x12, 125, char[256]): include/sys/fs/zfs.h of OpenZFS."""
 _ZD = re.compile(r"/dev/(zd\d+)")
 
 
@@ -191,14 +195,15 @@ def wait_gone(volume: str, *, deadline_s: float) -> None:
         time.sleep(POLL_S)
 
 
-def linked_zvols() -> dict[str, str]:
-    """Datasets by their devices (/dev/zdN), as udev's links have it now: right but for moments in which zvols are
-    made or renamed."""
-    found = {}
-    for folder, _, links in os.walk(ZVOLS):
-        for link in links:
-            path = Path(folder, link)
-            device = os.path.realpath(path)
-            if _ZD.fullmatch(device):
-                found[device] = str(path.relative_to(ZVOLS))
-    return found
+def zvol_of(device: Path) -> str | None:
+    """The dataset of a zvol's device, asked of the kernel without starting a command; None if it is none, or gone."""
+    try:
+        fd = os.open(device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return fcntl.ioctl(fd, BLKZNAME, bytes(ZNAME_BYTES)).rstrip(b"\0").decode()
+    except (OSError, UnicodeDecodeError):
+        return None
+    finally:
+        os.close(fd)

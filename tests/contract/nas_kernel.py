@@ -202,7 +202,8 @@ class KernelLab(Lab):
             if one.name not in stamped:
                 found.append(name)
             else:
-                found += [snapshot.name for snapshot in snapshots.snapshots(one.name)][1:]
+                alone = [snapshot for snapshot in snapshots.snapshots(one.name) if not snapshot.clones]
+                found += [snapshot.name for snapshot in alone][1:]
                 found += ["half a stream"] if one.resume_token else []
         return sorted(found)
 
