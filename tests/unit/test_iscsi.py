@@ -199,7 +199,7 @@ def test_a_record_is_closed_to_others_and_replaced_at_once(initiator: Initiator)
     initiator.write_record(NODE, again)
     values = iscsi_record.parse_record(path.read_text())
     assert values["node.session.auth.password"] == "f" * 16
-    assert values["node.conn[0].iscsi.HeaderDigest"] == values["node.conn[0].iscsi.DataDigest"] == "CRC32C"
+    assert values["node.conn[0].iscsi.HeaderDigest"] == values["node.conn[0].iscsi.DataDigest"] == "CRC32C,None"
     assert values["node.session.timeo.replacement_timeout"] == "5"
     assert tree(initiator.database)[-1].endswith("/default")
 

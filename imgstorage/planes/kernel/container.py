@@ -239,7 +239,7 @@ class KernelContainer:
         live = device.own(holding.device_name, holding.dm_uuid)
         if live is None or not live.info.open_count:
             return []
-        return holders.of_number(live.info.number) or ["the kernel, or a program that has just closed it"]
+        return holders.of_number(live.info.number)  # none: it is being closed, or who removes it finds out
 
     def detach(self, volume: VolumeUuid, generation: Generation, force: bool) -> Held:
         """See the protocol."""
@@ -265,7 +265,7 @@ class KernelContainer:
             self._ledger.close(holding.uuid, known.grant.generation)
             caches.drop(holding)
             return Held.NOTHING
-        self._known.require_pool(known)
+        zvols.require_pool(known)
         self._remove(holding, force)
         if known.phase is not CopyPhase.LOCAL and known.grant.portal is not None:
             session.logout(self._settings, known.grant.portal)

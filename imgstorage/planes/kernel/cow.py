@@ -89,10 +89,13 @@ def device(record: CopyRecord) -> Zvol:
     name = zvols.cow_name(record)
     found = zvols.own(name, record, Role.COW)
     if found is None:
+        zvols.require_pool(record)
         raise ImgStorageError("lost_copy", f"the COW device {name} is gone")
     assert found.stamp is not None  # noqa: S101
     if not found.stamp.ready or found.stamp.generation != record.grant.generation:
         raise ImgStorageError("corrupt", f"{name} is stamped {found.stamp}: no COW device of {record.grant.generation}")
+    if found.dataset.readonly:
+        protect(record, readonly=False)  # a device was being cut off when this host or its daemon went down
     return zvols.device(name, record.cow_bytes)
 
 

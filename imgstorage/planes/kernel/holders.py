@@ -1,4 +1,7 @@
-"""Who holds a block device open: processes, mounts, devices on top of it."""
+"""Who holds a block device open: processes, mounts, devices on top of it.
+
+udev opens a device for a moment whenever somebody who wrote to it has closed it: it does not count.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from imgstorage.planes.common.openers import named
 
 PROC = Path("/proc")
 SYS = Path("/sys")
+UDEV = ("(udev-worker)", "systemd-udevd", "udevd")
 
 
 def of_number(number: str) -> list[str]:
@@ -30,7 +34,7 @@ def _processes(number: str) -> list[str]:
             continue  # gone meanwhile
         if any(stat.S_ISBLK(one.st_mode) and one.st_rdev == wanted for one in seen):
             found.append(named(int(proc.name)))
-    return found
+    return [one for one in found if not one.startswith(UDEV)]
 
 
 def _mounts(number: str) -> list[str]:

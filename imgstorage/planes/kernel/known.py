@@ -66,17 +66,10 @@ class Known:
             raise ImgStorageError("lost_copy", f"nothing of volume {volume} is here", host=self._settings.host)
         if holding.known.grant.generation != generation:
             raise self.stale(holding.known, generation)
-        self.require_pool(holding.known)
-        return holding
-
-    def require_pool(self, known: CopyRecord) -> None:
-        """Raise ``failed`` if a volume's pool is away, as far as is known: what is in it is not lost."""
-        if known.pool is not None and str(known.pool) in self.unknown:
+        if holding.known.pool is not None and str(holding.known.pool) in self.unknown:
             self.read()
-        if known.pool is not None and str(known.pool) in self.unknown:
-            raise ImgStorageError(
-                "failed", f"pool {known.pool} with {known.name} is not there", host=self._settings.host
-            )
+            zvols.require_pool(holding.known)
+        return holding
 
     def stale(self, known: CopyRecord, asked: Generation) -> ImgStorageError:
         """The error for another generation."""

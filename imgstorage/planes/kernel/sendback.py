@@ -84,6 +84,9 @@ def _run(holding: Holding, copying: Copying, port: ReturnPort) -> None:
 
 def _send(holding: Holding, copying: Copying, right: Transfer, *, pull: bool) -> tuple[str, str]:
     """Send the final snapshot; returns its short name and the digest."""
+    if zvols.find(holding.local) is None:
+        zvols.require_pool(holding.known)
+        raise ImgStorageError("lost_copy", f"the local copy {holding.local} is gone")
     if not pull:
         _finish_merge(holding, copying)
     with holding.lock:

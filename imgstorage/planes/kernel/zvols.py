@@ -135,6 +135,12 @@ def own(name: str, record: CopyRecord, role: Role) -> Found | None:
     return found
 
 
+def require_pool(record: CopyRecord) -> None:
+    """Raise ``failed`` if a volume's pool is not there: what is in it is not lost."""
+    if record.pool is not None and find(record.pool) is None:
+        raise ImgStorageError("failed", f"pool {record.pool} with {record.name} is not there")
+
+
 def foreign(name: str) -> ImgStorageError:
     """The error for a dataset of which nobody knows whose it is."""
     return ImgStorageError(
