@@ -18,7 +18,7 @@ class ContainerSettings:
     durable and holds the records; keys of transfers lie in ``run_dir`` while they are used. ``cow_percent`` is the
     share of a volume that a COW device can take (100: all of it; less is watched and paused before it overflows).
     ``copy_speed_bytes_s`` and ``return_speed_bytes_s`` limit each copy from and to the NAS (0 = no limit).
-    ``digests``: iSCSI headers and data carry checksums; tgt 1.0.85 refuses a login that insists on them.
+    ``digests``: iSCSI headers and data carry checksums.
     """
 
     host: HostName
@@ -29,6 +29,6 @@ class ContainerSettings:
     cow_percent: int = 100
     copy_speed_bytes_s: int = 0
     return_speed_bytes_s: int = 0
-    digests: bool = False
+    digests: bool = True
     initiator: Initiator = field(default_factory=Initiator)
     sysfs: Sysfs = field(default_factory=Sysfs)
