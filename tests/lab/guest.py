@@ -20,7 +20,7 @@ from typing import Any
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.tools.qmp import Monitor, check_socket_path
-from imgstorage.tools.run import Result, environment, run, which
+from imgstorage.tools.run import Result, run, which
 from tests.lab.agent_client import ANSWER_S, AgentClient
 from tests.lab.machine import STATE_BYTES, Machine, disk_path
 
@@ -38,14 +38,13 @@ _starter = ThreadPoolExecutor(1, "lab-starter")
 class Guest:
     """One virtual machine. Made by :class:`tests.lab.lab.Lab`."""
 
-    def __init__(self, machine: Machine, folder: Path, argv: Callable[[], list[str]]) -> None:
-        """``argv`` gives QEMU's command line; ``folder`` holds disks, sockets and logs."""
+    def __init__(self, machine: Machine, folder: Path, argv: Sequence[str], environment: Mapping[str, str]) -> None:
+        """``argv`` is QEMU's command line, ``environment`` its own; ``folder`` holds disks, sockets and logs."""
         self.name = machine.name
         self.machine = machine
         self.folder = folder
         self._argv = argv
-        # What a test starts may not outlive it; a guest belongs to the lab, whoever starts it again.
-        self._environment = environment()
+        self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
         self._agent: AgentClient | None = None
         self._connecting = threading.Lock()
@@ -68,7 +67,7 @@ class Guest:
         for name in ("qmp", "agent"):
             check_socket_path(self.folder / name).unlink(missing_ok=True)
         (self.folder / "console.log").unlink(missing_ok=True)
-        argv = self._argv()
+        argv = list(self._argv)
         if incoming:
             argv += ["-incoming", f"exec:cat {shlex.quote(str(incoming))}"]
         self._process = _starter.submit(self._popen, argv).result()
@@ -141,7 +140,8 @@ class Guest:
         data = stdin.encode() if isinstance(stdin, str) else stdin
         result = self._client().run(argv, timeout_s=timeout_s, stdin=data, env=env, cwd=cwd)
         if check and result.exit_status != 0:
-            text = f"'{shlex.join(argv)}' ended with status {result.exit_status}: {(result.stderr or result.stdout).strip()}"
+            said = (result.stderr or result.stdout).strip()
+            text = f"'{shlex.join(argv)}' ended with status {result.exit_status}: {said}"
             raise ImgStorageError("tool_failed", text, host=self.name)
         return result
 
@@ -275,10 +275,9 @@ class Guest:
 
     def fate(self) -> str:
         """For errors: whether QEMU runs, and the last lines of its log and of the guest's console."""
-        status = (
-            "is running" if self.alive else f"ended ({self._process.returncode if self._process else 'not started'})"
-        )
-        text = f"; QEMU {status}"
+        text = "; QEMU is running"
+        if not self.alive:
+            text = f"; QEMU ended with status {self._process.returncode}" if self._process else "; QEMU was not started"
         for name in ("qemu.log", "console.log"):
             with contextlib.suppress(FileNotFoundError):
                 lines = (self.folder / name).read_text(errors="replace").splitlines()[-CONSOLE_LINES:]

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
 from imgstorage.core.errors import ImgStorageError
+from imgstorage.tools import run as tools
 from tests.lab import build, build_code
 from tests.lab.build_steps import say
 from tests.lab.guest import Guest
@@ -29,14 +30,21 @@ class Lab:
     """Guests by name, as a context manager. Building what they boot from, if need be, takes minutes."""
 
     def __init__(
-        self, folder: Path, hosts: Sequence[str | Machine] = HOSTS, *, checkout: Path = build_code.TOP
+        self,
+        folder: Path,
+        hosts: Sequence[str | Machine] = HOSTS,
+        *,
+        checkout: Path = build_code.TOP,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """``folder`` belongs to the lab; keep its path short (sockets are in it). Nothing runs yet.
 
-        ``checkout`` is where the project's code in the guests is taken from, when the lab starts.
+        ``checkout`` is where the project's code in the guests is taken from, when the lab starts; ``environment``
+        is what QEMU runs with, now and whenever a guest is started again.
         """
         self.folder = folder.absolute()
         self._checkout = checkout
+        self._environment = tools.environment() if environment is None else environment
         self.network = Network()
         machines = [Machine(host) if isinstance(host, str) else host for host in hosts]
         self.names = [machine.name for machine in machines]
@@ -68,7 +76,7 @@ class Lab:
                 folder = self.folder / machine.name
                 tap = self.network.add_tap(index)
                 argv = self.network.argv(qemu_argv(machine, index, self.names, images, folder, tap))
-                guest = Guest(machine, folder, lambda argv=argv: list(argv))  # type: ignore[misc]
+                guest = Guest(machine, folder, argv, self._environment)
                 self._guests[machine.name] = guest
                 guest.make_disks()
             began = time.monotonic()
