@@ -27,6 +27,7 @@ from tests.lab.agent_client import ANSWER_S, AgentClient
 from tests.lab.machine import STATE_BYTES, Machine, disk_path
 
 BOOT_S = 300.0
+RUN_S = 120.0
 MIGRATE_S = 120.0
 END_S = 10.0
 POLL_S = 0.01
@@ -110,7 +111,7 @@ class Guest:
         self.start()
         self.wait_ready()
 
-    def shut_down(self, timeout_s: float = 60.0) -> None:
+    def shut_down(self, timeout_s: float = RUN_S) -> None:
         """Shut down in order and wait for the end of QEMU. Raises ``timeout``."""
         self.spawn(["python3", "/opt/imgstorage/tests/lab/inside/halt.py"])
         assert self._process
@@ -131,7 +132,7 @@ class Guest:
         self,
         argv: Sequence[str],
         *,
-        timeout_s: float = 60.0,
+        timeout_s: float = RUN_S,
         stdin: str | bytes = "",
         env: Mapping[str, str] | None = None,
         cwd: str = "/root",
@@ -158,7 +159,7 @@ class Guest:
         pid: int = given["pid"]
         return pid
 
-    def python(self, code: str, *, timeout_s: float = 60.0, **values: Any) -> Any:
+    def python(self, code: str, *, timeout_s: float = RUN_S, **values: Any) -> Any:
         """Run Python within the agent, which saves starting one (0.4 s); returns what it leaves in ``result``.
 
         ``values`` are its global names. Values and result are what JSON can hold.
@@ -181,7 +182,7 @@ class Guest:
             if len(part) < CHUNK:
                 return bytes(data)
 
-    def wait_for(self, argv: Sequence[str], timeout_s: float = 30.0) -> Result:
+    def wait_for(self, argv: Sequence[str], timeout_s: float = RUN_S) -> Result:
         """Repeat a command until it ends with status 0. Raises ``timeout`` with the last words of the last one."""
         until = time.monotonic() + timeout_s
         while True:
