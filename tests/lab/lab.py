@@ -21,7 +21,7 @@ from tests.lab import build, build_code
 from tests.lab.build_steps import say
 from tests.lab.guest import Guest
 from tests.lab.machine import Machine, qemu_argv
-from tests.lab.network import Network
+from tests.lab.network import Network, guest_address
 
 HOSTS = ("nas-0-0", "compute-0-0")
 
@@ -48,6 +48,7 @@ class Lab:
         self.network = Network()
         machines = [Machine(host) if isinstance(host, str) else host for host in hosts]
         self.names = [machine.name for machine in machines]
+        self.addresses = {name: guest_address(index) for index, name in enumerate(self.names)}
         self._machines = machines
         self._guests: dict[str, Guest] = {}
 
@@ -75,10 +76,10 @@ class Lab:
             for index, machine in enumerate(self._machines):
                 folder = self.folder / machine.name
                 tap = self.network.add_tap(index)
-                argv = self.network.argv(qemu_argv(machine, index, self.names, images, folder, tap))
+                argv = self.network.argv(qemu_argv(machine, index, images, folder, tap))
                 guest = Guest(machine, folder, argv, self._environment)
                 self._guests[machine.name] = guest
-                guest.make_disks()
+                guest.make_disks(self.addresses)
             began = time.monotonic()
             for guest in self:
                 guest.start()
