@@ -39,13 +39,13 @@ NAS, CONTAINER = "nas-0-0", "compute-0-0"
 PROGRAMS = {"nas": "img-storage-nas", "container": "img-storage-vm"}
 CONFIGS = {"nas": "nas.conf", "container": "vm.conf"}
 IMAGES = "/srv/images"
-COMMAND_S = 120.0
-READY_S = 90.0
-SETTLE_S = 120.0
-LEFT_S = 30.0
+COMMAND_S = 300.0
+READY_S = 180.0
+SETTLE_S = 300.0
+LEFT_S = 90.0
 SIZE_MIB, DATA_MIB = 32, 8
-SLOW_COPY = "512K"
-"""So that there is a middle of the copy, of 16 s, to do something in."""
+SLOW_COPY = "1M"
+"""So that there is a middle of the copy, of 8 s and more, to do something in."""
 RC_LOCAL = "#!/bin/sh\niscsid\n"
 IMAGE = """
 import os

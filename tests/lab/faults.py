@@ -55,7 +55,7 @@ class Strike:
         )  # fmt: skip
         guest.put(f"{PLACE}/{self.tool}", text.encode(), 0o755)
 
-    def wait(self, guest: Guest, within_s: float = 60.0) -> None:
+    def wait(self, guest: Guest, within_s: float = 180.0) -> None:
         """Wait until it struck. Raises ``timeout``."""
         if self.what == "daemon":
             guest.wait_python("import os; result = os.path.exists(path)", within_s, path=STRUCK)

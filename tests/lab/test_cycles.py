@@ -8,7 +8,7 @@ from imgstorage.core.names import MIB
 from tests.lab import seen
 from tests.lab.cluster import CONTAINER, DATA_MIB, NAS, SLOW_COPY, Cluster
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 MOVED_AT_MOST = 1.05
 CHANGED_BYTES = 2 * MIB
@@ -52,7 +52,7 @@ def test_a_second_start_on_the_same_container_moves_only_what_changed(cluster: C
 def test_an_unmap_in_the_middle_of_the_copy_folds_what_was_written_into_the_volume(cluster: Cluster) -> None:
     volume = cluster.imported()
     device = cluster.map(volume, "img_sync=yes")
-    cluster.write_some(volume, device, 60)
+    cluster.write_some(volume, device, 180)
     cluster.wait_phase(volume, "hydrating")
     cluster.unmap(volume)
     assert f"tank/{volume}-temp-write" not in seen.zfs(cluster.container)
@@ -98,7 +98,7 @@ def test_a_volume_that_an_administrator_rolled_back_is_quarantined_and_both_copi
     nas.run(["zfs", "rollback", "-r", f"tank/{volume}@mine"])
     refused = cluster.imgstorage(f"add host storagemap {NAS} tank {volume} {CONTAINER} 32M img_sync=yes")
     assert refused.exit_status != 0, refused.stdout
-    cluster.wait_row(volume, "quarantined", lambda row: row["state"] == "quarantined", 60)
+    cluster.wait_row(volume, "quarantined", lambda row: row["state"] == "quarantined", 180)
     assert "mine" in seen.snapshots(nas, f"tank/{volume}")
     assert seen.snapshots(cluster.container, f"tank/{volume}") == kept
     assert not seen.target_names(nas)

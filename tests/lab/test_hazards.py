@@ -8,7 +8,7 @@ from tests.lab import seen
 from tests.lab.cluster import SLOW_COPY, Cluster, until
 from tests.lab.faults import Trace
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 SWITCH = ["suspend", "reload", "resume"]
 
@@ -35,7 +35,7 @@ def test_a_guest_waits_before_its_cow_device_would_overflow(cluster: Cluster) ->
     device = cluster.map(volume, "img_sync=yes")
     name = device.rpartition("/")[2]
     with cluster.writer(volume, device, pause_ms=0) as writer:
-        until("the device is held back", lambda: suspended(cluster, name), 120)
+        until("the device is held back", lambda: suspended(cluster, name), 300)
         status = seen.dm(cluster.container)[name].status
         assert "/" in status[3], status
         assert "nearly full" in cluster.container.run(["cat", "/var/log/imgstorage.log"]).stdout

@@ -10,7 +10,7 @@ import pytest
 from tests.lab.cluster import CONTAINER, NAS, SLOW_COPY, Cluster
 from tests.lab.faults import Strike, struck
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 ATTACH = (
     Strike("zfs", "create", "after"),
@@ -104,6 +104,6 @@ def test_the_container_daemon_is_killed_in_the_middle_of_a_fold(cluster: Cluster
     volume = cluster.imported(data_mib=16)
     with struck(cluster, CONTAINER, Strike("dmsetup", "create", "after", nth=2)):  # the second is the fold's
         device = cluster.map(volume, "img_sync=yes")
-        cluster.write_some(volume, device, 60)
+        cluster.write_some(volume, device, 180)
         cluster.unmap(volume)
     cluster.finish(volume)

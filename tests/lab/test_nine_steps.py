@@ -8,7 +8,7 @@ from imgstorage.planes.kernel.cow import full_bytes
 from tests.lab import seen
 from tests.lab.cluster import CONTAINER, NAS, SLOW_COPY, Cluster, size_bytes, until
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.mark.ci
@@ -47,12 +47,9 @@ def test_the_nine_steps_of_a_start_in_sync_mode(cluster: Cluster) -> None:
         # 7: the copy runs in the background
         row = cluster.wait_phase(volume, "hydrating")
         assert (row["state"], row["target"]) == ("NAS->VM", iqn)
-        until("the copy arrives", lambda: f"tank/{volume}" in seen.zfs(container), 60)
+        until("the copy arrives", lambda: f"tank/{volume}" in seen.zfs(container), 180)
         # 8: merging, as dmsetup shows it, into the zvol that came
-        merging = until(
-            "the device merges",
-            lambda: (one := seen.dm(container)[f"{volume}-snap"]).target == "snapshot-merge" and one, 120, 0.02,
-        )  # fmt: skip
+        merging = until("the device merges", lambda: merging_now(cluster, volume), 300)
         local = seen.zvol_number(container, f"tank/{volume}")
         assert merging.table[3:5] == (local, temporary)
         # 9: on the local zvol, and everything else is gone
@@ -60,9 +57,9 @@ def test_the_nine_steps_of_a_start_in_sync_mode(cluster: Cluster) -> None:
         assert (row["state"], row["target"]) == ("mapped", "")
         table = seen.dm(container)[f"{volume}-snap"].table
         assert table == ("0", str(size_bytes() // 512), "linear", local, "0")
-        until("the session ends", lambda: not seen.sessions(container), 30)
-        until("the target goes", lambda: not seen.target_names(nas), 30)
-        until("the COW device goes", lambda: f"tank/{volume}-temp-write" not in seen.zfs(container), 30)
+        until("the session ends", lambda: not seen.sessions(container), 90)
+        until("the target goes", lambda: not seen.target_names(nas), 90)
+        until("the COW device goes", lambda: f"tank/{volume}-temp-write" not in seen.zfs(container), 90)
         writer.wait_writes(20)
         writer.stop()
     cluster.unmap(volume)
@@ -72,6 +69,11 @@ def test_the_nine_steps_of_a_start_in_sync_mode(cluster: Cluster) -> None:
     assert sealed not in back or len(back) > 1
     assert not seen.dm(container)
     cluster.finish(volume)
+
+
+def merging_now(cluster: Cluster, volume: str) -> seen.Dm | None:
+    device = seen.dm(cluster.container)[f"{volume}-snap"]
+    return device if device.target == "snapshot-merge" else None
 
 
 @pytest.mark.ci

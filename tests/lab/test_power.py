@@ -13,7 +13,7 @@ from tests.lab.cluster import CONTAINER, NAS, SLOW_COPY, Cluster, until
 from tests.lab.faults import Strike
 from tests.lab.writer import Writer
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(1800)
 
 SWITCHES = (
     Strike("dmsetup", "suspend", "after", "power"),
@@ -128,12 +128,12 @@ def test_the_nas_loses_its_power_and_the_guest_only_waits(cluster: Cluster, phas
     with cluster.writer(volume, device) as writer:
         if phase == "merging":
             name = device.rpartition("/")[2]
-            until("it merges", lambda: seen.dm(cluster.container)[name].target != "snapshot", 120, 0.02)
+            until("it merges", lambda: seen.dm(cluster.container)[name].target != "snapshot", 300)
         else:
             cluster.wait_phase(volume, phase)
             writer.wait_writes(20)
         cluster.power_cut(NAS)
-        writer.wait_writes(20, within_s=180)
+        writer.wait_writes(20, within_s=300)
         if phase != "attached":
             cluster.wait_local(volume)
         cluster.wait_ready()

@@ -24,7 +24,7 @@ COMPLAINTS = "/var/log/writer"
 class Writer:
     """A writer of one volume on one container; a context manager that kills it at the end."""
 
-    def __init__(self, host: Guest, volume: str, device: str, *, pause_ms: float = 20, length: int = 0) -> None:
+    def __init__(self, host: Guest, volume: str, device: str, *, pause_ms: float = 100, length: int = 0) -> None:
         self._host = host
         self.log = host.folder / "log"
         self._argv = ["python3", "-m", "imgstorage.sandbox.guest", "write", "--client", "/nowhere", "--log", PORT,
@@ -54,7 +54,7 @@ class Writer:
         """What it has promised so far."""
         return read_logs([self.log])
 
-    def wait_writes(self, more: int, within_s: float = 60.0) -> None:
+    def wait_writes(self, more: int, within_s: float = 180.0) -> None:
         """Wait until it has flushed ``more`` writes from now on. Raises ``timeout``."""
         wanted = self.history().done + more
         until = time.monotonic() + within_s
@@ -63,7 +63,7 @@ class Writer:
                 raise ImgStorageError("timeout", f"no {more} writes in {within_s:g} s ({done} so far): {self._said()}")
             time.sleep(POLL_S)
 
-    def stop(self, within_s: float = 60.0) -> History:
+    def stop(self, within_s: float = 180.0) -> History:
         """Let it finish the write in hand. Raises ``timeout``."""
         self._host.run(["kill", "-TERM", str(self.pid)])
         until = time.monotonic() + within_s
