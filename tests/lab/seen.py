@@ -17,7 +17,7 @@ zfs list -Ht all -o name,volsize,written,refreservation,readonly,receive_resume_
 dmsetup table; dmsetup status; dmsetup info -c
 [ -e {STATE}/ctl ] && TGT_IPC_SOCKET={STATE}/ctl tgtadm --op show --mode target
 [ -d /etc/iscsi/nodes ] && iscsiadm -m session; iscsiadm -m node
-head -c 2000 {STATE}/volumes/*.json; dmesg | tail -n 5
+grep -hE '"(phase|whole|overlay|leftovers|to_nas|attempt|final)"' {STATE}/volumes/*.json; dmesg | tail -n 5
 """
 RECORDS = """
 import glob, json
