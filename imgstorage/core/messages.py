@@ -312,10 +312,10 @@ class Command(Message):
     attempt: int = 0
 
 
-@_declare("check_attach", Role.NAS, answer=Attachable)
+@_declare("check_attach", Role.NAS, timeout=Timeout.ACCEPT, answer=Attachable)
 @dataclass(frozen=True, kw_only=True)
 class CheckAttach(Message):
-    """Could you take this volume? Asked before anything is granted."""
+    """Could you take this volume? Asked before anything is granted; caches may have to go to make room."""
 
     volume: Volume
     mode: Mode

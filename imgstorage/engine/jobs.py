@@ -24,7 +24,6 @@ from imgstorage.core.messages import (
     MapZvol,
     Message,
     Role,
-    Timeout,
     decode,
 )
 from imgstorage.core.names import OpId, VolumeUuid
@@ -132,7 +131,7 @@ class Jobs:
             self._guarded(request, lambda: self._map(request, volume, answer))
 
         self.questions.ask(
-            Role.CONTAINER, request.container, question, timeout_s=Timeout.QUICK, key=_key(request), then=then
+            Role.CONTAINER, request.container, question, timeout_s=question.timeout, key=_key(request), then=then
         )
         return True
 

@@ -1,4 +1,4 @@
-"""A private RabbitMQ, run by any user in a folder of its own, on loopback.
+"""A private RabbitMQ, run by any user in a folder of its own, on loopback unless another address is given.
 
 Rules:
 
@@ -29,6 +29,7 @@ from typing import Any
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.sandbox.broker_files import (
+    LOOPBACK,
     NODE,
     State,
     choose_ports,
@@ -70,7 +71,7 @@ class Broker:
     @property
     def urls(self) -> tuple[str, ...]:
         """Where to connect to."""
-        return (f"amqp://127.0.0.1:{self._state.amqp_port}",)
+        return (f"amqp://{self._state.address}:{self._state.amqp_port}",)
 
     @property
     def pid(self) -> int:
@@ -101,8 +102,10 @@ class Broker:
             self._state = _ended(self.folder, load(self.folder) or self._state)
 
 
-def start_broker(folder: Path, definitions: Mapping[str, Any]) -> Broker:
+def start_broker(folder: Path, definitions: Mapping[str, Any], address: str = LOOPBACK) -> Broker:
     """Start the broker of this folder, or adopt the one that runs there; returns when it takes connections.
+
+    ``address`` counts when it is started for the first time: that is where it is reached.
 
     A running one learns ``definitions`` if they are not those it has (what is no longer in them stays until
     it is started anew with an empty folder). Raises ``tool_missing``, ``failed`` with the broker's last words.
@@ -116,7 +119,7 @@ def start_broker(folder: Path, definitions: Mapping[str, Any]) -> Broker:
         digest = write_definitions(folder, definitions)
         for attempt in range(5):
             if state is None:
-                state = choose_ports()
+                state = choose_ports(address)
             write_config(folder, state)
             try:
                 return Broker(folder, _started(folder, state, digest, server))
@@ -134,10 +137,10 @@ def _started(folder: Path, state: State, digest: str, server: str) -> State:
         if state.digest != digest:
             _control(folder, state, "import_definitions", str(folder / "definitions.json"))
         return save(folder, replace(state, digest=digest))
-    for port in (state.amqp_port, state.dist_port):
-        while not free(port) and time.monotonic() < until - START_S + PORT_FREE_S:
+    for port, address in ((state.amqp_port, state.address), (state.dist_port, LOOPBACK)):
+        while not free(port, address) and time.monotonic() < until - START_S + PORT_FREE_S:
             time.sleep(0.05)  # the last of a broker that was killed a moment ago
-        if not free(port):
+        if not free(port, address):
             hint = f"see: ss -ltnp sport = {port}"
             raise ImgStorageError("failed", f"port {port} of the message broker is used by another program", hint=hint)
     env = environment(folder, state)
@@ -199,7 +202,7 @@ def _becomes_ready(folder: Path, state: State, until: float) -> bool:
 
 
 def _wait_ready(folder: Path, state: State, until: float) -> None:
-    while not _answers(state.amqp_port):
+    while not _answers(state.address, state.amqp_port):
         if not _alive(state.pid, state.pid_start):
             raise _failure(folder, "the message broker ended while it started")
         if time.monotonic() > until:
@@ -207,10 +210,10 @@ def _wait_ready(folder: Path, state: State, until: float) -> None:
         time.sleep(0.02)
 
 
-def _answers(port: int) -> bool:
-    """Whether an AMQP broker answers the protocol header with Connection.Start on this loopback port."""
+def _answers(address: str, port: int) -> bool:
+    """Whether an AMQP broker answers the protocol header with Connection.Start on this port."""
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=1.0) as peer:
+        with socket.create_connection((address, port), timeout=1.0) as peer:
             peer.sendall(AMQP_HEADER)
             answer = b""
             while len(answer) < 11 and (more := peer.recv(64)):

@@ -19,6 +19,7 @@ from typing import Any
 from imgstorage.core.errors import ImgStorageError
 
 NODE = "imgstorage@localhost"
+LOOPBACK = "127.0.0.1"
 PORTS = range(20_000, 32_000)  # below the kernel's ephemeral ports (32768-60999): a restart finds them free
 MEMORY_BYTES = 256 << 20
 DISK_FREE_BYTES = 32 << 20
@@ -27,7 +28,10 @@ MAX_MESSAGE_BYTES = 16 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """What ``broker.json`` holds. Start times are those of :func:`imgstorage.tools.run.start_time`; 0 = none."""
+    """What ``broker.json`` holds. Start times are those of :func:`imgstorage.tools.run.start_time`; 0 = none.
+
+    ``address`` is where clients reach it; the ports are on it (AMQP) and on loopback (all others).
+    """
 
     amqp_port: int
     dist_port: int
@@ -38,6 +42,7 @@ class State:
     epmd_pid: int = 0
     epmd_start: int = 0
     digest: str = ""
+    address: str = LOOPBACK
 
 
 def load(folder: Path) -> State | None:
@@ -60,8 +65,8 @@ def save(folder: Path, state: State) -> State:
 
 
 def ports_of(state: State) -> State:
-    """The same ports, and no processes."""
-    return State(**{key: value for key, value in asdict(state).items() if key.endswith("_port")})
+    """The same address and ports, and no processes."""
+    return State(**{key: value for key, value in asdict(state).items() if key.endswith("_port") or key == "address"})
 
 
 def write_definitions(folder: Path, definitions: Mapping[str, Any]) -> str:
@@ -87,7 +92,7 @@ def write_config(folder: Path, state: State) -> None:
     if not cookie.exists():
         _write_private(cookie, secrets.token_hex(20), mode=0o400)
     lines = {
-        "listeners.tcp.default": f"127.0.0.1:{state.amqp_port}",
+        "listeners.tcp.default": f"{state.address}:{state.amqp_port}",
         "load_definitions": folder / "definitions.json",
         "heartbeat": 10,
         "max_message_size": MAX_MESSAGE_BYTES,
@@ -109,7 +114,7 @@ def environment(folder: Path, state: State) -> dict[str, str]:
         "HOME": str(folder),
         "RUNNING_UNDER_SYSTEMD": "true",
         "RABBITMQ_NODENAME": NODE,
-        "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+        "RABBITMQ_NODE_IP_ADDRESS": state.address,
         "RABBITMQ_NODE_PORT": str(state.amqp_port),
         "RABBITMQ_DIST_PORT": str(state.dist_port),
         "RABBITMQ_CTL_DIST_PORT_MIN": str(state.ctl_port),
@@ -129,22 +134,22 @@ def environment(folder: Path, state: State) -> dict[str, str]:
     }
 
 
-def choose_ports() -> State:
+def choose_ports(address: str = LOOPBACK) -> State:
     """Ports of our own that are free now."""
     found: list[int] = []
     while len(found) < 4:
         port = secrets.choice(PORTS)
-        if port not in found and free(port):
+        if port not in found and free(port) and free(port, address):
             found.append(port)
-    return State(amqp_port=found[0], dist_port=found[1], epmd_port=found[2], ctl_port=found[3])
+    return State(amqp_port=found[0], dist_port=found[1], epmd_port=found[2], ctl_port=found[3], address=address)
 
 
-def free(port: int) -> bool:
-    """Whether nobody listens on a loopback port."""
+def free(port: int, address: str = LOOPBACK) -> bool:
+    """Whether nobody listens on a port of an address of this machine."""
     with socket.socket() as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            trial.bind(("127.0.0.1", port))
+            trial.bind((address, port))
         except OSError:
             return False
     return True

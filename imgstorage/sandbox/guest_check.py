@@ -51,7 +51,7 @@ class Report:
 
 
 def check(logs: Sequence[Path], image: Path, base: Path) -> Report:
-    """Compare the raw file ``image`` with the raw file ``base`` and the logs, in the order of their writing.
+    """Compare ``image`` with ``base``, raw files or block devices, and the logs, in the order of their writing.
 
     Raises ``corrupt`` for a log that makes no sense, ``not_found``.
     """
@@ -62,7 +62,7 @@ def check(logs: Sequence[Path], image: Path, base: Path) -> Report:
             blocks.setdefault(offset, []).append(write)
     try:
         with open(image, "rb") as image_file, open(base, "rb") as base_file:
-            size = max(os.fstat(image_file.fileno()).st_size, os.fstat(base_file.fileno()).st_size)
+            size = max(_size(image_file.fileno()), _size(base_file.fileno()))
             found = _compare(image_file.fileno(), base_file.fileno(), blocks)
     except OSError as problem:
         raise ImgStorageError("not_found", f"cannot read {problem.filename or image}: {problem.strerror}") from None
@@ -81,7 +81,7 @@ def check(logs: Sequence[Path], image: Path, base: Path) -> Report:
 
 def _compare(image: int, base: int, blocks: dict[int, list[Write]]) -> tuple[int, str] | None:
     """The first difference: its offset, and what is there. Where both files have holes nothing is read."""
-    size, base_size = os.fstat(image).st_size, os.fstat(base).st_size
+    size, base_size = _size(image), _size(base)
     written: dict[int, list[int]] = {}
     for offset in blocks:
         written.setdefault(offset // CHUNK * CHUNK, []).append(offset)
@@ -99,6 +99,11 @@ def _compare(image: int, base: int, blocks: dict[int, list[Write]]) -> tuple[int
     return None
 
 
+def _size(file: int) -> int:
+    """The size of a file or a block device."""
+    return os.lseek(file, 0, os.SEEK_END)
+
+
 def _hole(file: int, start: int, size: int) -> bool:
     """Whether nothing is stored in the chunk at ``start``."""
     if start >= size:
@@ -108,6 +113,8 @@ def _hole(file: int, start: int, size: int) -> bool:
     except OSError as problem:
         if problem.errno == errno.ENXIO:  # no data up to the end
             return True
+        if problem.errno == errno.EINVAL:  # a block device does not tell
+            return False
         raise
 
 

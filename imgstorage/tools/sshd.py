@@ -118,7 +118,6 @@ class Sshd:
         Raises ``bad_config`` for a configuration that sshd refuses or a locked user, ``tool_failed`` if it did not
         start, with its last line.
         """
-        self.host_public_key()
         config = self.folder / "sshd_config"
         user = pwd.getpwuid(os.getuid()).pw_name
         text = config_text(self.folder, self.address, self.port, user)
@@ -126,6 +125,7 @@ class Sshd:
             if config.exists() and config.read_text() == text:
                 return
             self.stop()
+        self.host_public_key()
         if os.getuid() == 0:
             PRIVILEGE_SEPARATION.mkdir(mode=0o755, exist_ok=True)
             _refuse_locked(user)

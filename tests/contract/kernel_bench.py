@@ -180,6 +180,7 @@ def other_end(tmp: Path, image_dir: Path, pool_bytes: int) -> Iterator[NasPlane]
     nas = KernelNas(
         NasSettings(
             state_dir=folder,
+            run_dir=folder,
             pools=(TANK,),
             import_dirs=(image_dir,),
             address="127.0.0.1",

@@ -24,7 +24,7 @@ from imgstorage.tools.run import SYSTEM_PATH, run, start_time, wait_gone
 from tests.lab import build, build_code
 from tests.lab.build_steps import say
 from tests.lab.lab import Lab
-from tests.lab.network import HOST_ADDRESS, guest_address
+from tests.lab.network import HOST_ADDRESS
 
 FILE, LOCK, LOG, KEY = "lab.json", "lab.lock", "lab.log", "lab.key"
 THIS_SIDE = "host"
@@ -151,8 +151,7 @@ def keep(folder: Path, hosts: list[str]) -> None:
             for guest in lab:
                 guest.put("/root/.ssh/authorized_keys", public, 0o600)
                 guest.release_agent()
-            addresses = {THIS_SIDE: HOST_ADDRESS} | {name: guest_address(i) for i, name in enumerate(lab.names)}
-            kept = Kept(os.getpid(), lab.network.name, addresses)
+            kept = Kept(os.getpid(), lab.network.name, {THIS_SIDE: HOST_ADDRESS, **lab.addresses})
             signal.pthread_sigmask(signal.SIG_BLOCK, ends)
             (folder / f"{FILE}.new").write_text(json.dumps(asdict(kept)))
             (folder / f"{FILE}.new").rename(folder / FILE)

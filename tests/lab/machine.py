@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
 from imgstorage.core.errors import ImgStorageError
 from tests.lab.network import PREFIX_LENGTH, guest_address, guest_mac
+from tests.lab.tsc import frequency_khz
 
 GIB = 1 << 30
 STATE_BYTES = 4 * GIB
 AGENT = "lab.agent"
+LOG = "lab.log"
+"""What a guest writes to this port is in its folder's file ``log`` on this machine, whatever becomes of the guest."""
 KERNEL_ARGUMENTS = (
     "console=ttyS0 loglevel=4 panic=-1 mitigations=off nopti nokaslr tsc=reliable no_timer_check audit=0 apparmor=0 "
     "random.trust_cpu=on net.ifnames=0 rcupdate.rcu_expedited=1 nowatchdog"
@@ -47,18 +50,26 @@ class Images:
     code: Path
 
 
-def qemu_argv(machine: Machine, index: int, names: Sequence[str], images: Images, folder: Path, tap: str) -> list[str]:
-    """The command line of guest number ``index`` of those called ``names``; its files are in ``folder``."""
-    hosts = ",".join(f"{guest_address(i)}:{name}" for i, name in enumerate(names))
-    told = f"lab.host={machine.name} lab.address={guest_address(index)}/{PREFIX_LENGTH} lab.hosts={hosts}"
+def qemu_argv(machine: Machine, index: int, images: Images, folder: Path, tap: str) -> list[str]:
+    """The command line of the lab's guest number ``index``; its files are in ``folder``."""
+    told = f"tsc_early_khz={frequency_khz()} lab.address={guest_address(index)}/{PREFIX_LENGTH}"
     argv = ["qemu-system-x86_64", "-name", machine.name, "-accel", "tcg,thread=multi", "-cpu", "max"]
     argv += ["-smp", str(machine.cpus), "-m", str(machine.memory_mib), "-M", "q35", "-nodefaults", "-no-user-config"]
     argv += ["-display", "none", "-no-reboot", "-rtc", "base=utc"]
-    argv += ["-kernel", str(images.kernel), "-initrd", str(images.initramfs), "-append", f"{KERNEL_ARGUMENTS} {told}"]
+    argv += [
+        "-kernel",
+        str(images.kernel),
+        "-initrd",
+        str(images.initramfs),
+        "-append",
+        f"{KERNEL_ARGUMENTS} {told}",
+    ]
     argv += ["-serial", f"file:{folder}/console.log"]
     argv += ["-qmp", f"unix:{folder}/qmp,server=on,wait=off"]
     argv += ["-device", "virtio-serial-pci", "-chardev", f"socket,id=agent,path={folder}/agent,server=on,wait=off"]
     argv += ["-device", f"virtserialport,chardev=agent,name={AGENT}"]
+    argv += ["-chardev", f"file,id=log,path={folder}/log,append=on"]
+    argv += ["-device", f"virtserialport,chardev=log,name={LOG}"]
     argv += ["-netdev", f"tap,id=net,ifname={tap},script=no,downscript=no"]
     argv += ["-device", f"virtio-net-pci,id=nic,netdev=net,mac={guest_mac(index)},romfile="]
     for serial, path in (("root", images.root), ("code", images.code)):

@@ -1,0 +1,162 @@
+"""For the tests in virtual machines: the fixture ``lab``, brought back to the same state for each test.
+
+They are collected only by ``admin/lab run``, which sets IMGSTORAGE_LAB, and then none may be skipped. A test gets the
+guests of its mark, ``@pytest.mark.hosts("nas-0-0", "compute-0-0", "compute-0-1")``, or a NAS and a container. Each has
+a pool ``tank`` on its disk ``tank``; no daemon of the project runs, nor tgtd, nor iscsid. ``cluster`` is a whole
+cluster on such guests: broker, frontend, and the daemons in the guests, all running.
+
+Scenarios (tests that use ``cluster``): those marked ``ci`` are run each time, and some of the others, chosen by a seed
+that is printed; ``--lab-seed`` repeats a choice, ``--all`` runs every one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from imgstorage.tools.run import environment
+from tests.lab.build import MARK
+from tests.lab.cluster import Cluster
+from tests.lab.lab import HOSTS, Lab
+
+BASE, WITH_CLUSTER = "base", "cluster"
+ROTATED = 4
+"""How many of the scenarios that are not marked are chosen for a run."""
+collect_ignore_glob = [] if MARK in os.environ else ["test_*.py"]
+_skipped: list[str] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="the lab: every scenario")
+    parser.addoption("--lab-seed", type=int, help="the lab: which scenarios are chosen besides those marked ci")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "hosts(*names): the guests that a test in the lab needs")
+    config.addinivalue_line("markers", "container(**settings): what the containers of a scenario are configured with")
+    config.addinivalue_line("markers", "ci: a scenario of the lab that is run each time")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Choose scenarios, unless tests were named one by one."""
+    named = any("::" in word for word in config.args)
+    if config.getoption("--all", False) or config.getoption("keyword") or named:
+        return
+    others = [
+        item for item in items if "cluster" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("ci")
+    ]
+    seed = config.getoption("--lab-seed", None)
+    seed = secrets.randbelow(10**6) if seed is None else seed
+    chosen = random.Random(seed).sample(others, min(ROTATED, len(others)))
+    left_out = [item for item in others if item not in chosen]
+    if left_out:
+        print(f"\nscenarios chosen by --lab-seed={seed}: {', '.join(item.name for item in chosen)}")
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed and isinstance(lab := getattr(item, "funcargs", {}).get("lab"), Lab):
+        for guest in lab:
+            report.sections.append((f"guest {guest.name}", guest.fate()))
+    if report.failed and isinstance(cluster := getattr(item, "funcargs", {}).get("cluster"), Cluster):
+        report.sections.append(("the cluster", cluster.logs()))
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        _skipped.append(report.nodeid)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _skipped and not hasattr(session.config, "workerinput"):
+        print(f"\nskipped, which the lab counts as failed: {', '.join(_skipped)}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+class Labs:
+    """One lab for each set of hosts, booted once; only the one in use has guests that run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        # Guests outlive the test that needs them first: they carry the mark of this fixture (tests/conftest.py).
+        self.environment = environment()
+        self._labs: dict[tuple[str, ...], Lab] = {}
+
+    def at(self, hosts: tuple[str, ...], state: str, prepare: Callable[[Lab], None]) -> Lab:
+        """The lab with these hosts, in the state that ``prepare`` makes of its guests: the first time it does."""
+        for names, other in self._labs.items():
+            if names != hosts:
+                for guest in other:
+                    guest.kill()
+        if hosts not in self._labs:
+            lab = Lab(self._folder / str(len(self._labs)), hosts, environment=self.environment)
+            lab.start()
+            self._labs[hosts] = lab
+            for guest in lab:
+                guest.run(["zpool", "create", "-f", "tank", "/dev/disk/by-id/virtio-tank"])
+            lab.save(BASE)
+        lab = self._labs[hosts]
+        if lab.has(state):
+            lab.restore(state)
+        else:
+            lab.restore(BASE)
+            prepare(lab)
+            lab.save(state)
+        return lab
+
+    def stop(self) -> None:
+        """End all labs."""
+        for lab in self._labs.values():
+            lab.stop()
+
+
+# Not "session": hooks of tests/conftest.py, which marks processes, do not see fixtures of the session.
+@pytest.fixture(scope="package")
+def _labs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Labs]:
+    labs = Labs(tmp_path_factory.mktemp("lab"))
+    yield labs
+    labs.stop()
+
+
+@pytest.fixture
+def lab(request: pytest.FixtureRequest, _labs: Labs) -> Lab:
+    """Guests in the state ``base``; what a test does to them is gone with the next one."""
+    mark = request.node.get_closest_marker("hosts")
+    return _labs.at(mark.args if mark else HOSTS, BASE, lambda _: None)
+
+
+@pytest.fixture(scope="package")
+def _clusters() -> dict[tuple[str, ...], Cluster]:
+    return {}
+
+
+@pytest.fixture
+def cluster(
+    request: pytest.FixtureRequest, _labs: Labs, _clusters: dict[tuple[str, ...], Cluster]
+) -> Iterator[Cluster]:
+    """A cluster of which every daemon runs, and which has no volume yet."""
+    mark = request.node.get_closest_marker("hosts")
+    hosts = mark.args if mark else HOSTS
+
+    def prepare(lab: Lab) -> None:
+        _clusters[hosts] = Cluster(lab, lab.folder / "here", _labs.environment)
+        _clusters[hosts].prepare()
+
+    _labs.at(hosts, WITH_CLUSTER, prepare)
+    found = _clusters[hosts]
+    found.begin(**(settings.kwargs if (settings := request.node.get_closest_marker("container")) else {}))
+    yield found
+    found.end()

@@ -1,0 +1,93 @@
+"""The way to the NAS is lost and comes back: a guest waits, and never sees an error, however long or often."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.lab import seen
+from tests.lab.cluster import NAS, Cluster, until
+
+pytestmark = pytest.mark.timeout(1800)
+
+DOWN_S = 30.0
+LONG_S = 150.0
+"""Longer than what open-iscsi waits by default before it lets I/O fail (120 s)."""
+FLAPS = 8
+"""More than the times that the kernel tries a command again by default (5)."""
+MODES = [pytest.param("no", id="direct"), pytest.param("yes", id="sync", marks=pytest.mark.ci)]
+ENDLESS = "16K"
+"""So slow that the copy does not end in a test."""
+
+
+def logged_in(cluster: Cluster) -> bool:
+    states = cluster.container.run(["sh", "-c", "cat /sys/class/iscsi_session/*/state"], check=False).stdout.split()
+    return bool(states) and set(states) == {"LOGGED_IN"}
+
+
+@pytest.mark.container(copy_speed=ENDLESS)
+@pytest.mark.parametrize(
+    "mode", [pytest.param("no", id="direct"), pytest.param("yes", id="sync", marks=pytest.mark.ci)]
+)
+def test_the_cable_is_out_for_a_while(cluster: Cluster, mode: str) -> None:
+    volume = cluster.imported()
+    device = cluster.map(volume, f"img_sync={mode}")
+    with cluster.writer(volume, device) as writer:
+        writer.wait_writes(10)
+        cluster.nas.link(up=False)
+        time.sleep(DOWN_S)  # what is tested
+        cluster.nas.link(up=True)
+        writer.wait_writes(20, within_s=300)
+        assert not writer.stop().errors
+    cluster.wait_ready()
+    cluster.unmap(volume)
+    cluster.finish(volume)
+
+
+@pytest.mark.ci
+def test_tgtd_is_killed_and_its_targets_are_made_again(cluster: Cluster) -> None:
+    volume = cluster.imported()
+    device = cluster.map(volume, "img_sync=no")
+    with cluster.writer(volume, device) as writer:
+        writer.wait_writes(10)
+        before = seen.target_names(cluster.nas)
+        cluster.nas.run(["pkill", "-KILL", "-x", "tgtd"])
+        writer.wait_writes(20, within_s=300)
+        assert seen.target_names(cluster.nas) == before
+        assert not writer.stop().errors
+    cluster.unmap(volume)
+    cluster.finish(volume)
+
+
+@pytest.mark.container(copy_speed=ENDLESS)
+def test_no_read_of_an_overlay_fails_however_long_or_often_its_target_is_gone(cluster: Cluster) -> None:
+    nas, container = cluster.nas, cluster.container
+    volume = cluster.imported()
+    device = cluster.map(volume, "img_sync=yes")
+    with cluster.writer(volume, device, pause_ms=200) as writer:
+        writer.wait_writes(5)
+        # for long: nobody listens
+        cluster.kill(NAS)
+        nas.run(["pkill", "-KILL", "-x", "tgtd"])
+        time.sleep(LONG_S)  # what is tested
+        cluster.start(NAS)
+        writer.wait_writes(5, within_s=300)
+        # often
+        for _ in range(FLAPS):
+            nas.run(["pkill", "-KILL", "-x", "tgtd"])
+            until("the session is lost", lambda: not logged_in(cluster), 180)
+            until("the session is back", lambda: logged_in(cluster), 300)
+        writer.wait_writes(5, within_s=300)
+        # and the daemon that looks after sessions dies meanwhile
+        nas.link(up=False)
+        until("the session is lost", lambda: not logged_in(cluster), 300)
+        container.run(["pkill", "-KILL", "-x", "iscsid"])
+        nas.link(up=True)
+        container.run(["iscsid"])
+        writer.wait_writes(5, within_s=300)
+        assert seen.dm(container)[f"{volume}-snap"].status[2].partition("/")[1] == "/"
+        assert not writer.stop().errors
+    cluster.wait_ready()
+    cluster.unmap(volume)
+    cluster.finish(volume)
