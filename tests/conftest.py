@@ -10,9 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator
 
+import hypothesis
 import pytest
 
 from tests import leftovers
+
+hypothesis.settings.register_profile("any-machine", deadline=None)  # how long an example takes says nothing of the code
+hypothesis.settings.load_profile("any-machine")
 
 LABEL_MAX = 160
 
