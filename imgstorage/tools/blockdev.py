@@ -12,10 +12,13 @@ the link is made from: :func:`wait_zvol` returns a device only when that says so
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -197,6 +200,28 @@ def wait_gone(volume: str, *, deadline_s: float) -> None:
         if time.monotonic() > until:
             raise ImgStorageError("timeout", f"{ZVOLS / volume} is still there after {deadline_s:g} s")
         time.sleep(POLL_S)
+
+
+@contextlib.contextmanager
+def writable(device: Path, *, deadline_s: float) -> Iterator[None]:
+    """Hold a zvol's device open for writing while the block runs. Raises ``timeout``.
+
+    A zvol's ``readonly`` counts from the first opening on: while anybody has it open since before that was switched
+    off (udev looks at it after each change), it cannot be opened for writing.
+    """
+    until = time.monotonic() + deadline_s
+    while True:
+        try:
+            fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES) or time.monotonic() > until:
+                raise ImgStorageError("timeout", f"{device} cannot be opened for writing: {error.strerror}") from None
+            time.sleep(POLL_S)
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 def zvol_of(device: Path) -> str | None:
