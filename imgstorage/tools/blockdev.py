@@ -231,7 +231,8 @@ def zvol_of(device: Path) -> str | None:
     except OSError:
         return None
     try:
-        return fcntl.ioctl(fd, BLKZNAME, bytes(ZNAME_BYTES)).rstrip(b"\0").decode()
+        name = fcntl.ioctl(fd, BLKZNAME, bytes(ZNAME_BYTES))
+        return name.partition(b"\0")[0].decode()  # behind it is what is left of an earlier, longer name
     except (OSError, UnicodeDecodeError):
         return None
     finally:
