@@ -12,10 +12,13 @@ the link is made from: :func:`wait_zvol` returns a device only when that says so
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -199,6 +202,28 @@ def wait_gone(volume: str, *, deadline_s: float) -> None:
         time.sleep(POLL_S)
 
 
+@contextlib.contextmanager
+def writable(device: Path, *, deadline_s: float) -> Iterator[None]:
+    """Hold a zvol's device open for writing while the block runs. Raises ``timeout``.
+
+    A zvol's ``readonly`` counts from the first opening on: while anybody has it open since before that was switched
+    off (udev looks at it after each change), it cannot be opened for writing.
+    """
+    until = time.monotonic() + deadline_s
+    while True:
+        try:
+            fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES) or time.monotonic() > until:
+                raise ImgStorageError("timeout", f"{device} cannot be opened for writing: {error.strerror}") from None
+            time.sleep(POLL_S)
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
 def zvol_of(device: Path) -> str | None:
     """The dataset of a zvol's device, asked of the kernel without starting a command; None if it is none, or gone."""
     try:
@@ -206,7 +231,8 @@ def zvol_of(device: Path) -> str | None:
     except OSError:
         return None
     try:
-        return fcntl.ioctl(fd, BLKZNAME, bytes(ZNAME_BYTES)).rstrip(b"\0").decode()
+        name = fcntl.ioctl(fd, BLKZNAME, bytes(ZNAME_BYTES))
+        return name.partition(b"\0")[0].decode()  # behind it is what is left of an earlier, longer name
     except (OSError, UnicodeDecodeError):
         return None
     finally:

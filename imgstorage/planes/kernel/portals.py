@@ -6,6 +6,7 @@ A LUN's device is /dev/zdN, proven by the device itself. It is open as long as i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from imgstorage.planes.kernel.pools import Pools
 from imgstorage.planes.kernel.volumes import Volumes
 from imgstorage.tools import blockdev
 from imgstorage.tools.tgtadm import Target
+
+WRITABLE_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,20 @@ class Portals:
     ) -> None:
         """Have that target exist, over a volume's zvol, for the grant's container only; ``check`` as
         :meth:`Targets.offer`."""
+        device = Volumes.device(dataset, grant.volume.size_bytes).path
         offer = Offer(
             iqn=portal.iqn,
-            path=Volumes.device(dataset, grant.volume.size_bytes).path,
+            path=device,
             serial=portal.serial,
             user=portal.user,
             initiator=names.initiator_name(grant.container),
             address=initiators.address(grant.container, self.address, self.know_by),
             readonly=not portal.writable,
         )
-        self.targets.offer(offer, portal.secret, check)
+        # tgtd opens read-only, without a word, what it cannot open for writing
+        held = blockdev.writable(device, deadline_s=WRITABLE_TIMEOUT_S) if portal.writable else nullcontext()
+        with held:
+            self.targets.offer(offer, portal.secret, check)
 
     def of(self, dataset: str) -> list[Target]:
         """The targets over a zvol."""
