@@ -8,7 +8,8 @@ Rules:
 * A sandbox has one folder, ports of its own, and one mark on all its processes, whichever test started them.
 * One sandbox serves many tests. At the end of each, every volume is unmapped and removed by commands, and then
   nothing may be left. A sandbox that does not get there is destroyed, and the next test gets a new one.
-* ``compute-0-1`` copies slowly (``SLOW_COPY``), so that there is a middle of a copy to do something in.
+* ``compute-0-1`` copies slowly, both ways (``SLOW_COPY``, ``SLOW_RETURN``), so that there is a middle of a copy to do
+  something in.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ FAST = "compute-0-0"
 SLOW = "compute-0-1"
 HOSTS = f"{NAS} nas tank,dock\n{FAST} container tank\n{SLOW} container tank\n"
 SLOW_COPY = "16M"
+SLOW_RETURN = "24M"
 
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,10 +164,10 @@ class Cluster:
         assert result.status == 0, f"the sandbox does not come up:\n{result}\n{self.log_tail()}"
         return result
 
-    def slow_down(self, container: str = SLOW, speed: str = SLOW_COPY) -> None:
-        """Let a container copy slowly from now on."""
+    def slow_down(self, container: str = SLOW, speed: str = SLOW_COPY, back: str = SLOW_RETURN) -> None:
+        """Let a container copy slowly from now on, and send back."""
         host = self.layout.host(container)
-        (self.layout.folder_of(host) / "local.conf").write_text(f"copy_speed = {speed}\n")
+        (self.layout.folder_of(host) / "local.conf").write_text(f"copy_speed = {speed}\nreturn_speed = {back}\n")
         self.up()  # writes the configuration files
         old = self.kill("container", container=container, number=signal.SIGTERM)
         until(f"{container} runs again", lambda: self.pid_of("container", container=container) not in (None, old), 10.0)
@@ -242,6 +244,10 @@ class Cluster:
         path = self.images / f"{volume}-{self.new_name()}.dump"
         self.well(f"dump host storageimg {NAS} {pool} {volume} file={path}")
         return path
+
+    def file_of(self, volume: str, pool: str = "tank") -> Path:
+        """The NAS's own file of a volume, which may be mapped."""
+        return self.folder / NAS / "pools" / pool / f"{volume}.raw"
 
     def rows(self, nas: str = NAS) -> list[dict[str, Any]]:
         """All rows of ``list host storagemap``."""

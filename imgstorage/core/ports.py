@@ -370,7 +370,8 @@ class ContainerPlane(Protocol):
         """Start, or go on with, sending what changed to ``port``; ``progress`` ends with its digest.
 
         A pull sends what was written up to its first call of this attempt, while the device is in use; what it did
-        not bring home stays part of what the next way back sends. Raises ``conflict``, ``no_space``.
+        not bring home stays part of what the next way back sends. Raises ``conflict``, ``no_space``, and ``busy`` for
+        an attempt that is over.
         """
         ...
 

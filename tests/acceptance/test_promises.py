@@ -290,6 +290,28 @@ def test_9_commands(cluster: Cluster) -> None:
     assert "already" in repeated.stderr
 
 
+def test_9_a_pull_while_the_device_is_in_use(cluster: Cluster) -> None:
+    """``sync host storagemap``: the NAS has what was written so far, the guest goes on; twice, then unmapped."""
+    volume, image = cluster.imported(64, 8)
+    device = cluster.map(volume, SLOW, "img_sync=yes wait=yes")
+    with cluster.writer(volume, SLOW, length=8 * MIB) as writer:
+        versions = [cluster.row(volume)["version"]]
+        for start in (8, 24):
+            cluster.fill(device, image, 16, start_mib=start)
+            writer.wait_writes(20)
+            began = cluster.begin(f"sync host storagemap {NAS} {volume}")
+            cluster.wait_phase(volume, "pulling")
+            assert cluster.row(volume)["state"] == "NAS<-VM sched"
+            assert began.result().lines == [f"pulling   {NAS} : {volume}", "Success"], str(began.result())
+            versions.append(cluster.row(volume)["version"])
+            assert cluster.row(volume)["state"] == "mapped"
+        writer.wait_writes(20)
+        assert not writer.stop().errors
+    assert len(set(versions)) == 3
+    cluster.unmap(volume)
+    cluster.verify(volume, image)
+
+
 def test_10_the_checker_catches_one_wrong_byte(cluster: Cluster) -> None:
     """A checker that finds nothing in a damaged image would make every other test worthless."""
     volume, image = cluster.imported(16, 4)

@@ -259,18 +259,49 @@ def test_killed_at_any_moment_of_a_pull(local: World, breaker: Breaker, what: st
 PACE = 4 * MIB
 
 
-def paced(work: Callable[[], int]) -> float:
-    began = time.monotonic()
-    wire_bytes = work()
-    return wire_bytes / (time.monotonic() - began)
+def paced(world: World) -> float:
+    """Bytes a second over the network, between the first and the last time that they were counted."""
+    counted: list[tuple[float, int]] = []
+
+    def ended() -> bool:
+        now = world.progress()
+        running = now.state is CopyState.RUNNING
+        if running and now.wire_bytes and (not counted or now.wire_bytes != counted[-1][1]):
+            counted.append((time.monotonic(), now.wire_bytes))
+        return not running
+
+    wait_for(ended, "the copy ends")
+    (began, first), (last, bytes_then) = counted[0], counted[-1]
+    assert last - began > 2, counted
+    return (bytes_then - first) / (last - began)
+
+
+def assert_pace(measured: Callable[[], float]) -> None:
+    """Never faster than allowed, and as fast at least once in three times: a busy machine may not get there."""
+    slow = []
+    for _ in range(3):
+        speed = measured() / PACE
+        assert speed < 1.1
+        if speed > 0.9:
+            return
+        slow.append(round(speed, 2))
+    pytest.fail(f"slower than allowed: {slow} of the pace")
 
 
 @pytest.mark.parametrize("pace", [PACE])
 def test_the_copy_keeps_its_pace(world: World) -> None:
     world.attach()
-    world.write(0, 4096, 1)
-    speed = paced(lambda: world.hydrate().wire_bytes)
-    assert 0.9 * PACE < speed < 1.1 * PACE
+    world.make_local()
+    world.write(0, 24 * MIB, 1)
+
+    def measured() -> float:
+        world.detach()
+        world.next_grant(world.write_back(), written=f"not-what-the-container-has-{world.generation.counter}")
+        world.attach()
+        world.container.hydrate(world.uuid, world.generation)
+        return paced(world)
+
+    assert_pace(measured)
 
 
 @pytest.mark.parametrize("return_pace", [PACE])
@@ -279,6 +310,9 @@ def test_the_way_back_keeps_its_pace(local: World, kind: ReturnKind) -> None:
     local.write(3 * MIB, 20 * MIB, 6)
     if kind is ReturnKind.WRITE_BACK:
         local.detach()
-    port = local.port(kind)
-    speed = paced(lambda: local.send(port).wire_bytes)
-    assert 0.9 * PACE < speed < 1.1 * PACE
+
+    def measured() -> float:
+        local.container.send_back(local.uuid, local.generation, local.port(kind))
+        return paced(local)
+
+    assert_pace(measured)

@@ -10,11 +10,12 @@ Everyday each kind is killed at least once in each mode; ``IMGSTORAGE_TEST_MATRI
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 
 import pytest
 
-from tests.cluster import FAST, KINDS, NAS, SLOW, Cluster, Result, until
+from tests.cluster import FAST, KINDS, MIB, NAS, SLOW, Cluster, Result, until
 
 pytestmark = pytest.mark.real
 
@@ -26,6 +27,8 @@ SYNC: tuple[Case, ...] = (
     ("nas", "returning"), ("container", "returning"), ("transfer", "returning"),
 )  # fmt: skip
 SYNC_MOMENTS = ("starting", "copying", "local", "returning", "applying")
+EVERYDAY_PULL_KINDS = ("nas", "container", "transfer", "back", "tgtd")
+PULL_KINDS = (*EVERYDAY_PULL_KINDS, "front", "broker", "frontend", "supervisor")
 DIRECT: tuple[Case, ...] = tuple((kind, "attached") for kind in KINDS)
 DIRECT_MOMENTS = ("starting", "attached", "detaching")
 USED = ("copying", "local", "attached")
@@ -101,6 +104,31 @@ def test_in_sync_mode(cluster: Cluster, kind: str, moment: str) -> None:
     assert cluster.wait_state(volume, "unmapped")["error"] in ("", None)
     report = cluster.verify(volume, image)
     assert report.writes >= 70
+    assert failed_writes(cluster, volume) <= (1 if kind in DEVICE else 0), seen.errors
+
+
+@pytest.mark.parametrize("kind", PULL_KINDS if os.environ.get("IMGSTORAGE_TEST_MATRIX") else EVERYDAY_PULL_KINDS)
+def test_during_a_pull(cluster: Cluster, kind: str) -> None:
+    volume, image = cluster.imported(64, 4)
+    cluster.fill(cluster.map(volume, SLOW, "img_sync=yes wait=yes"), image, 32)
+    with cluster.writer(volume, SLOW, length=8 * MIB) as writer:
+        writer.wait_writes(20)
+        op = re.findall(r"op-[a-z2-7]{13}", cluster.well(f"sync host storagemap {NAS} {volume} wait=no").stderr)[0]
+        assert cluster.phase(volume) == "pulling"
+        kill(cluster, kind, volume, SLOW)
+        writer.wait_writes(20)
+        cluster.wait_well()
+        pulled = cluster.imgstorage(f"show operation {op} wait=yes")
+        assert pulled.status == 0, str(pulled)
+        assert cluster.wait_state(volume, "mapped", target=False)["error"] in ("", None)
+        with cluster.file_of(volume).open("rb") as on_nas, image.open("rb") as wanted:
+            for start in range(8, 40):
+                there = os.pread(on_nas.fileno(), MIB, start * MIB)
+                assert there == os.pread(wanted.fileno(), MIB, start * MIB), f"MiB {start} is not on the NAS"
+        writer.wait_writes(20)
+        seen = writer.stop()
+    cluster.unmap(volume)
+    assert cluster.verify(volume, image).writes >= 60
     assert failed_writes(cluster, volume) <= (1 if kind in DEVICE else 0), seen.errors
 
 

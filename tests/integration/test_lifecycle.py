@@ -113,6 +113,75 @@ def test_then_on_another_container_with_everything_and_back_again(cluster: Clust
     assert cluster.verify(volume, image).writes >= 120
 
 
+# -- pulls
+
+
+def region(path: Path, start_mib: int, size_mib: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start_mib * MIB)
+        return file.read(size_mib * MIB)
+
+
+def test_a_pull_beneath_a_writing_guest(cluster: Cluster) -> None:
+    volume, image = cluster.imported(64, 4)
+    cluster.fill(cluster.map(volume, SLOW, "img_sync=yes wait=yes"), image, 32)
+    before = cluster.row(volume)
+    with cluster.writer(volume, SLOW, length=8 * MIB) as writer:
+        writer.wait_writes(20)
+        pulling = cluster.begin(f"sync host storagemap {NAS} {volume}")
+        cluster.wait_phase(volume, "pulling")
+        row = cluster.row(volume)
+        assert (row["state"], row["host"], row["locked"]) == ("NAS<-VM sched", SLOW, True)
+        assert row["time"] is not None
+        writer.wait_writes(20)
+        pulled = pulling.result()
+        assert (pulled.status, pulled.lines) == (0, [f"pulling   {NAS} : {volume}", "Success"]), str(pulled)
+        after = cluster.row(volume)
+        assert (after["state"], after["target"], after["op"]) == ("mapped", None, None)
+        assert after["version"] != before["version"]
+        assert after["generation"] == before["generation"]
+        targets = cluster.well("sandbox", "exec", NAS, "tgtadm", "--op", "show", "--mode", "target").stdout
+        assert volume not in targets, "nothing is open but while it is pulled"
+        assert region(cluster.file_of(volume), 8, 32) == region(image, 8, 32)
+        writer.wait_writes(20)
+        assert not writer.stop().errors
+    done = json.loads(cluster.well(f"show operation {row['op']} --json").stdout)
+    assert (done["milestone"], done["kind"]) == ("done", "pull")
+    assert 32 * MIB <= done["wire_bytes"] < 42 * MIB, "only what was written travels"
+    cluster.unmap(volume)
+    assert cluster.verify(volume, image).writes >= 60
+
+
+def test_pulls_are_joined_refused_and_cancelled(cluster: Cluster) -> None:
+    volume, image = cluster.imported(64, 4)
+    unmapped = cluster.imgstorage(f"sync host storagemap {NAS} {volume}")
+    assert unmapped.status == 3, str(unmapped)
+    assert "not mapped" in unmapped.stderr
+    cluster.fill(cluster.map(volume, SLOW, "img_sync=yes wait=yes"), image, 48)
+    begun = cluster.well(f"sync host storagemap {NAS} {volume} wait=no")
+    assert "Success" not in begun.stdout
+    (op,) = set(re.findall(r"op-[a-z2-7]{13}", begun.stderr))
+    joined = cluster.begin(f"sync host storagemap {NAS} {volume}")
+    until("it is joined", lambda: cluster.phase(volume) == "pulling", 5.0)
+    refused = cluster.imgstorage(f"add host storagemap {NAS} tank {volume} {FAST} 1")
+    assert refused.status == 3, str(refused)
+    assert SLOW in refused.stderr
+    assert op in refused.stderr
+    cluster.unmap(volume)
+    assert joined.result().status == 3, str(joined.result())
+    assert op in joined.result().stderr
+    assert json.loads(cluster.well(f"show operation {op} --json").stdout)["milestone"] == "cancelled"
+    assert same_bytes(cluster.bytes_of(volume), image)
+
+
+def test_in_direct_mode_a_pull_has_nothing_to_do(cluster: Cluster) -> None:
+    volume, _image = cluster.imported(16, 4)
+    cluster.map(volume, FAST, "img_sync=no")
+    pulled = cluster.well(f"sync host storagemap {NAS} {volume}")
+    assert pulled.lines == [f"pulling   {NAS} : {volume}", "Success"]
+    assert "every write is on the NAS already" in pulled.stderr
+
+
 # -- repeats and refusals
 
 

@@ -181,7 +181,7 @@ class MemoryContainer:
         if copy.phase != ("local" if port.kind is ReturnKind.PULL else "returning"):
             raise ImgStorageError("conflict", f"the copy is {copy.phase}: it cannot send a {port.kind.value}")
         if port.attempt < max(copy.point, copy.attempt):
-            raise ImgStorageError("conflict", f"attempt {port.attempt} is over")
+            raise ImgStorageError("busy", f"attempt {port.attempt} is over")
         if port.kind is ReturnKind.PULL and copy.point != port.attempt:
             copy.frozen = {**copy.frozen, **copy.overlay}
             copy.overlay, copy.point, copy.attempt, copy.digest = {}, port.attempt, 0, ""

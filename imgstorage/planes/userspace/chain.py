@@ -38,6 +38,7 @@ FLUSH_TIMEOUT_S = 20.0
 EXPORT = "exp"
 ROOT = "thr"
 STREAM_JOB = "sync"
+FORMAT_JOB = "format"
 FLUSHED_QUIT_S = 2.0
 COPIES = (CopyPhase.SYNCING, CopyPhase.LOCAL)
 FREE, HELD_BACK = "free", "heldback"
@@ -92,9 +93,9 @@ def format_qcow2(monitor: Monitor, file_node: str, size: int, backing: tuple[str
     }
     if backing:
         options.update({"backing-file": backing[0], "backing-fmt": backing[1]})
-    monitor.command("blockdev-create", {"job-id": "format", "options": options})
-    job = storage_daemon.await_job(monitor, "format", "concluded", CREATE_TIMEOUT_S)
-    monitor.command("job-dismiss", {"id": "format"})
+    monitor.command("blockdev-create", {"job-id": FORMAT_JOB, "options": options})
+    job = storage_daemon.await_job(monitor, FORMAT_JOB, "concluded", CREATE_TIMEOUT_S)
+    monitor.command("job-dismiss", {"id": FORMAT_JOB})
     if job is None or job.error:
         raise ImgStorageError("failed", f"the overlay could not be formatted: {job.error if job else 'job lost'}")
 
@@ -108,10 +109,13 @@ def make_overlay(monitor: Monitor, holding: Holding) -> None:
 
 def make_layer(monitor: Monitor, holding: Holding, path: Path) -> None:
     """A new, empty layer, durable when this returns; what has its name is removed."""
+    if storage_daemon.job(monitor, FORMAT_JOB) is not None:  # whoever made the last one did not get to its end
+        storage_daemon.await_job(monitor, FORMAT_JOB, "concluded", CREATE_TIMEOUT_S)
+        monitor.command("job-dismiss", {"id": FORMAT_JOB})
+    if "new" in storage_daemon.nodes(monitor):
+        monitor.command("blockdev-del", {"node-name": "new"})
     path.unlink(missing_ok=True)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    if "new" in storage_daemon.nodes(monitor):  # whoever made the last one did not get to its end
-        monitor.command("blockdev-del", {"node-name": "new"})
     monitor.command("blockdev-add", {"driver": "file", "node-name": "new", "filename": str(path)})
     try:
         format_qcow2(monitor, "new", holding.known.grant.volume.size_bytes, ("below", "raw"))

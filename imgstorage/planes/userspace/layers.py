@@ -16,12 +16,10 @@ top layer would be a mirror, which fills whole 64 KiB (QEMU 7.2): so there is al
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ from imgstorage.planes.userspace.holding import Copying, Holding
 from imgstorage.planes.userspace.state import CopyPhase
 from imgstorage.tools import storage_daemon
 from imgstorage.tools.qmp import Monitor, MonitorLost
-from imgstorage.tools.storage_daemon import Daemon, qcow2_node
+from imgstorage.tools.storage_daemon import qcow2_node
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +64,7 @@ def freeze(holding: Holding, attempt: int, cancel: threading.Event) -> None:
     while len(holding.known.layers) > 2:
         _merge_served(holding, holding.layers[1].stem, holding.layers[0].stem, cancel)
         with holding.lock:
-            _merged(holding, _local(holding, cancel).phase)
+            merged(holding, _local(holding, cancel).phase)
 
 
 def _local(holding: Holding, cancel: threading.Event) -> state.CopyRecord:
@@ -117,12 +115,12 @@ def _merge_served(holding: Holding, upper: str, lower: str, cancel: threading.Ev
         with holding.lock:
             _local(holding, cancel)
             with chain.connect(holding) as monitor:
-                if _merge_on(monitor, holding, chain.ROOT, upper, lower):
+                if merge_on(monitor, holding, chain.ROOT, upper, lower):
                     return
         cancel.wait(POLL_S)
 
 
-def _merge_on(monitor: Monitor, holding: Holding, root: str, upper: str, lower: str) -> bool:
+def merge_on(monitor: Monitor, holding: Holding, root: str, upper: str, lower: str) -> bool:
     """Begin a merge, or look how far it is; True once ``upper`` is out of the chain, and its node gone."""
     job = storage_daemon.job(monitor, MERGE_JOB)
     if job is not None and job.status != "concluded":
@@ -165,7 +163,7 @@ def _unused(monitor: Monitor, node: str) -> bool:
     return True
 
 
-def _merged(holding: Holding, phase: CopyPhase) -> None:
+def merged(holding: Holding, phase: CopyPhase) -> None:
     """The second layer is in the lowest one: durably, then the record, then its file goes."""
     lowest, upper = holding.layers[:2]
     files.fsync_file(lowest)
@@ -175,7 +173,7 @@ def _merged(holding: Holding, phase: CopyPhase) -> None:
     files.remove_durably(upper)
 
 
-def _folded(holding: Holding, phase: CopyPhase) -> None:
+def folded(holding: Holding, phase: CopyPhase) -> None:
     """The lowest layer is in the base: durably, then the record, then its file goes."""
     lowest = holding.layers[0]
     files.fsync_file(holding.base)
@@ -231,7 +229,7 @@ def _fold(holding: Holding, copying: Copying) -> None:
         _merge_served(holding, holding.layers[0].stem, BASE, copying.cancel)
         with holding.lock:
             _local(holding, copying.cancel)
-            _folded(holding, CopyPhase.LOCAL)
+            folded(holding, CopyPhase.LOCAL)
     except (ImgStorageError, OSError) as error:
         if not copying.cancel.is_set():
             log.warning("what was pulled of %s is not in its copy yet: %s", holding.uuid, error)
@@ -259,67 +257,7 @@ def stop(holding: Holding) -> None:
         copying.thread.join(JOIN_S)
 
 
-# -- without a device ---------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def helper(holding: Holding, copying: Copying) -> Iterator[Daemon]:
-    """A storage daemon beside that of the device, for the time of the block; known to the runtime meanwhile."""
-    with holding.lock:
-        holding.end_strays()
-        folder = holding.make_run_folder()
-        daemon = storage_daemon.launch(folder / f"r{copying.attempt}.mon", folder / "return.log")
-        holding.set_runtime(transfer=daemon)
-        copying.daemon = daemon
-    try:
-        yield daemon
-    except BaseException:
-        storage_daemon.kill(daemon)
-        raise
-    finally:
-        storage_daemon.end(daemon)
-        copying.daemon = None
-        with holding.lock:
-            holding.set_runtime(transfer=None)
-
-
-def consolidate(holding: Holding, copying: Copying) -> None:
-    """Before a final way back: a proven layer goes into the base, and the others become one. Raises ``failed``."""
-    if len(holding.known.layers) == 1:
-        return
-    above = holding.folder / f"{files.TMP_PREFIX}above.qcow2"
-    try:
-        with helper(holding, copying) as daemon, daemon.connect() as monitor:
-            monitor.command("blockdev-add", qcow2_node(BASE, holding.base, None, read_only=True))
-            below = BASE
-            for layer in holding.layers:
-                monitor.command("blockdev-add", qcow2_node(layer.stem, layer, below, read_only=True))
-                below = layer.stem
-            chain.make_layer(monitor, holding, above)
-            monitor.command("blockdev-add", qcow2_node("above", above, below))
-            if holding.known.proven:
-                _merge_alone(monitor, holding, holding.layers[0].stem, BASE, copying.cancel)
-                with holding.lock:
-                    _folded(holding, _returning(holding, copying.cancel))
-            while len(holding.known.layers) > 1:
-                lowest, upper = holding.layers[:2]
-                _merge_alone(monitor, holding, upper.stem, lowest.stem, copying.cancel)
-                with holding.lock:
-                    _merged(holding, _returning(holding, copying.cancel))
-    finally:
-        above.unlink(missing_ok=True)
-
-
-def _returning(holding: Holding, cancel: threading.Event) -> CopyPhase:
-    if cancel.is_set() or holding.known.phase is not CopyPhase.RETURNING:
-        raise ImgStorageError("cancelled", "the way back was cancelled")
-    return CopyPhase.RETURNING
-
-
-def _merge_alone(monitor: Monitor, holding: Holding, upper: str, lower: str, cancel: threading.Event) -> None:
-    while not _merge_on(monitor, holding, "above", upper, lower):
-        if cancel.wait(POLL_S):
-            raise ImgStorageError("cancelled", "the way back was cancelled")
+# -- figures ------------------------------------------------------------------------------------------------
 
 
 def written_bytes(layers: tuple[Path, ...]) -> int:

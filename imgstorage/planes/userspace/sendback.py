@@ -21,7 +21,7 @@ from typing import Any
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.ports import CopyState, Portal, Progress, ReturnKind, ReturnPort
-from imgstorage.planes.userspace import chain, layers, space
+from imgstorage.planes.userspace import chain, helper, layers, space
 from imgstorage.planes.userspace.digest import layer_digest
 from imgstorage.planes.userspace.holding import Copying, Holding
 from imgstorage.planes.userspace.state import CopyPhase
@@ -33,13 +33,15 @@ log = logging.getLogger(__name__)
 
 JOB = "back"
 GRANULARITY_BYTES = 4096
+LEAST_BUFFER_BYTES = 64 << 10
+MOST_BUFFER_BYTES = 16 << 20
 POLL_S = 0.05
 LOOK_EVERY = 20
 END_TIMEOUT_S = 60.0
 
 
 def start(holding: Holding, port: ReturnPort) -> None:
-    """Start sending to ``port``, or let it go on. Raises ``conflict``, ``no_space``."""
+    """Start sending to ``port``, or let it go on. Raises ``conflict``, ``busy``, ``no_space``."""
     wanted = CopyPhase.LOCAL if port.kind is ReturnKind.PULL else CopyPhase.RETURNING
     if port.portal is None:
         raise ImgStorageError("internal", "the port names no portal")
@@ -48,7 +50,7 @@ def start(holding: Holding, port: ReturnPort) -> None:
         if record.phase is not wanted:
             raise ImgStorageError("conflict", f"the copy is {record.phase.value}, not {wanted.value}")
         if port.attempt < max(record.point, record.attempt):
-            raise ImgStorageError("conflict", f"attempt {port.attempt} of the way back is over")
+            raise ImgStorageError("busy", f"attempt {port.attempt} of the way back is over")
         if record.digest and record.attempt == port.attempt:
             return
         copying = holding.returning
@@ -77,7 +79,7 @@ def _send(holding: Holding, copying: Copying, port: ReturnPort) -> None:
         if phase is CopyPhase.LOCAL:
             layers.freeze(holding, port.attempt, copying.cancel)
         else:
-            layers.consolidate(holding, copying)
+            helper.consolidate(holding, copying)
         layer = holding.layers[0]
         _transfer(holding, copying, port, layer)
         copying.reading = True
@@ -105,7 +107,7 @@ def _send(holding: Holding, copying: Copying, port: ReturnPort) -> None:
 def _transfer(holding: Holding, copying: Copying, port: ReturnPort, layer: Path) -> None:
     assert port.portal is not None  # noqa: S101
     try:
-        with layers.helper(holding, copying) as daemon, daemon.connect() as monitor:
+        with helper.launched(holding, copying) as daemon, daemon.connect() as monitor:
             _mirror(monitor, holding, copying, port.portal, layer)
             copying.meter.look(daemon.pid, port.portal)
             monitor.command("blockdev-del", {"node-name": "dst"})
@@ -131,7 +133,7 @@ def _mirror(monitor: Monitor, holding: Holding, copying: Copying, portal: Portal
             "target": "dst",
             "sync": "top",
             "granularity": GRANULARITY_BYTES,
-            "speed": holding.settings.return_speed_bytes_s,
+            **_pace(holding.settings.return_speed_bytes_s),
             "auto-dismiss": False,
             "on-source-error": "stop",
             "on-target-error": "stop",
@@ -142,6 +144,16 @@ def _mirror(monitor: Monitor, holding: Holding, copying: Copying, portal: Portal
     if job is None or job.error:
         raise ImgStorageError("failed", f"the way back ended early: {job.error if job else 'job lost'}")
     monitor.command("job-dismiss", {"id": JOB})
+
+
+def _pace(bytes_s: int) -> dict[str, int]:
+    """The mirror's arguments for a limit. QEMU fills its whole buffer at once (16 MiB unless told otherwise) and then
+    waits until the limit is kept on average: a buffer of an eighth of a second keeps it all the time.
+    """
+    if not bytes_s:
+        return {}
+    buffer = min(MOST_BUFFER_BYTES, max(LEAST_BUFFER_BYTES, bytes_s // 8))
+    return {"speed": bytes_s, "buf-size": buffer // GRANULARITY_BYTES * GRANULARITY_BYTES}
 
 
 def _follow(monitor: Monitor, copying: Copying, portal: Portal) -> None:
