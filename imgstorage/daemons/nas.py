@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from imgstorage.bus import topology
 from imgstorage.config import DaemonConfig, NasConfig, load_nas
 from imgstorage.daemons import process
 from imgstorage.engine.nas import NasEngine
 from imgstorage.engine.world import World
-from imgstorage.planes.userspace.nas import NasSettings, UserspaceNas
 from imgstorage.store.nas import NasStore
 
+if TYPE_CHECKING:
+    from imgstorage.planes.kernel.nas import KernelNas
+    from imgstorage.planes.userspace.nas import UserspaceNas
 
-def plane(config: NasConfig) -> UserspaceNas:
-    """The data plane that the configuration names."""
+
+def plane(config: NasConfig) -> UserspaceNas | KernelNas:
+    """The data plane that the configuration names; only its modules are loaded."""
+    if config.plane == "kernel":
+        from imgstorage.planes.kernel.nas import KernelNas
+        from imgstorage.planes.kernel.nas import NasSettings as KernelSettings
+
+        return KernelNas(
+            KernelSettings(
+                state_dir=config.state_dir,
+                pools=config.zpools,
+                import_dirs=config.import_dirs,
+                address=config.address,
+                port=config.port,
+                transfer_port=config.transfer_port,
+                know_by=config.know_by,
+            )
+        )
+    from imgstorage.planes.userspace.nas import NasSettings, UserspaceNas
+
     return UserspaceNas(
         NasSettings(
             state_dir=config.state_dir,

@@ -12,9 +12,13 @@ the link is made from: :func:`wait_zvol` returns a device only when that says so
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +33,9 @@ BLOCK = Path("/sys/class/block")
 TIMEOUT_S = 20.0
 FLUSH_TIMEOUT_S = 120.0
 POLL_S = 0.02
+ZNAME_BYTES = 256
+BLKZNAME = 2 << 30 | ZNAME_BYTES << 16 | 0x12 << 8 | 125
+"""_IOR(0x12, 125, char[256]): include/sys/fs/zfs.h of OpenZFS."""
 _ZD = re.compile(r"/dev/(zd\d+)")
 
 
@@ -195,14 +202,38 @@ def wait_gone(volume: str, *, deadline_s: float) -> None:
         time.sleep(POLL_S)
 
 
-def linked_zvols() -> dict[str, str]:
-    """Datasets by their devices (/dev/zdN), as udev's links have it now: right but for moments in which zvols are
-    made or renamed."""
-    found = {}
-    for folder, _, links in os.walk(ZVOLS):
-        for link in links:
-            path = Path(folder, link)
-            device = os.path.realpath(path)
-            if _ZD.fullmatch(device):
-                found[device] = str(path.relative_to(ZVOLS))
-    return found
+@contextlib.contextmanager
+def writable(device: Path, *, deadline_s: float) -> Iterator[None]:
+    """Hold a zvol's device open for writing while the block runs. Raises ``timeout``.
+
+    A zvol's ``readonly`` counts from the first opening on: while anybody has it open since before that was switched
+    off (udev looks at it after each change), it cannot be opened for writing.
+    """
+    until = time.monotonic() + deadline_s
+    while True:
+        try:
+            fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES) or time.monotonic() > until:
+                raise ImgStorageError("timeout", f"{device} cannot be opened for writing: {error.strerror}") from None
+            time.sleep(POLL_S)
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def zvol_of(device: Path) -> str | None:
+    """The dataset of a zvol's device, asked of the kernel without starting a command; None if it is none, or gone."""
+    try:
+        fd = os.open(device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        name = fcntl.ioctl(fd, BLKZNAME, bytes(ZNAME_BYTES))
+        return name.partition(b"\0")[0].decode()  # behind it is what is left of an earlier, longer name
+    except (OSError, UnicodeDecodeError):
+        return None
+    finally:
+        os.close(fd)

@@ -12,7 +12,7 @@ import pytest
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Volume
 from imgstorage.core.ports import ImageInfo
-from tests.contract.nas_fixtures import SIZE, Lab
+from tests.contract.nas_lab import SIZE, Lab
 from tests.contract.test_nas_plane import refused
 
 pytestmark = pytest.mark.real
@@ -55,9 +55,8 @@ def test_what_is_in_the_image_is_in_the_volume(lab: Lab, options: tuple[str, ...
     info = lab.plane.image_info(str(image))
     assert info == ImageInfo(path=str(image), format="raw" if options is None else "qcow2", size_bytes=SIZE)
     volume = imported(lab, image)
-    place = lab.place(volume)
     assert lab.bytes_of(volume) == BYTES + bytes(SIZE - 2 * MIB) + BYTES
-    assert os.stat(place).st_blocks * 512 < 3 * MIB
+    assert lab.used_bytes(volume) < 3 * MIB
     assert [stamp.volume for stamp in lab.plane.stamps()] == [volume]
     assert lab.leftovers() == []
 
@@ -190,22 +189,17 @@ def test_an_image_that_changed_since_it_was_looked_at_is_refused(lab: Lab) -> No
     assert lab.plane.stamps() == []
 
 
-def test_an_image_that_does_not_fit_is_refused_before_it_is_copied(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_does_not_fit_is_refused_before_it_is_copied(lab: Lab) -> None:
     image = raw(lab)
     info = lab.plane.image_info(str(image))
-    space = os.statvfs(lab.tmp)
-    fields = list(space)
-    fields[3] = fields[4] = (17 * MIB) // space.f_frsize  # f_bfree, f_bavail
-    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(fields))
-    refused("no_space", lambda: lab.plane.import_image(lab.volume(), info))
-    monkeypatch.undo()
+    with lab.short_of_space():
+        refused("no_space", lambda: lab.plane.import_image(lab.volume(), info))
     assert lab.leftovers() == []
     lab.plane.import_image(lab.volume(), info)
 
 
 def test_what_a_killed_import_left_is_swept(lab: Lab) -> None:
-    (lab.place(lab.volume()).parent / ".tmp-0123456789abcdef").write_bytes(bytes(MIB))
-    (lab.place(lab.volume()).parent / "other").write_bytes(b"not ours")
+    lab.litter()
     lab.restart()
     assert lab.leftovers() == ["other"]
 

@@ -9,10 +9,14 @@ import pytest
 
 from imgstorage.config import load_client, load_container, load_frontend, load_nas
 from imgstorage.core.errors import ImgStorageError
+from imgstorage.daemons import nas
+from imgstorage.planes.kernel.nas import KernelNas
+from imgstorage.planes.userspace.nas import UserspaceNas
 
 Fields = dict[str, dict[str, str]]
 LOADERS: dict[str, Callable[[Path], object]] = {
-    "nas": load_nas, "container": load_container, "frontend": load_frontend, "client": load_client,
+    "nas": load_nas, "kernel nas": load_nas, "container": load_container, "frontend": load_frontend,
+    "client": load_client,
 }  # fmt: skip
 
 
@@ -26,6 +30,9 @@ def good(tmp_path: Path) -> dict[str, Fields]:
     daemon = {"host": "host-0-0", "state_dir": str(tmp_path)}
     return {
         "nas": {"daemon": daemon, "broker": broker, "nas": {"pool.tank": "/tank", "pool.tank/vms": "/vms"}},
+        "kernel nas": {
+            "daemon": daemon, "broker": broker, "nas": {"plane": "kernel", "zpools": "tank, dozer/img"},
+        },
         "container": {"daemon": daemon, "broker": broker, "container": {"pool.tank": "/tank"}},
         "frontend": {
             "daemon": daemon, "broker": broker, "frontend": {"nas_hosts": "nas-0-0", "container_hosts": "c-0-0, c-0-1"},
@@ -50,9 +57,12 @@ def test_a_good_file_is_read(kind: str, good: dict[str, Fields], tmp_path: Path)
 
 
 def test_defaults_and_values(good: dict[str, Fields], tmp_path: Path) -> None:
-    nas = load_nas(write(tmp_path / "nas.conf", good["nas"]))
-    assert (nas.address, nas.port, nas.import_dirs, nas.trash_s) == ("127.0.0.1", 3260, (), 86400.0)
-    assert {str(name): str(path) for name, path in nas.pools.items()} == {"tank": "/tank", "tank/vms": "/vms"}
+    files = load_nas(write(tmp_path / "nas.conf", good["nas"]))
+    assert (files.address, files.port, files.import_dirs, files.trash_s) == ("127.0.0.1", 3260, (), 86400.0)
+    assert {str(name): str(path) for name, path in files.pools.items()} == {"tank": "/tank", "tank/vms": "/vms"}
+    kernel = load_nas(write(tmp_path / "kernel.conf", good["kernel nas"]))
+    assert (kernel.zpools, kernel.port, kernel.transfer_port) == (("tank", "dozer/img"), 3260, 3261)
+    assert (kernel.plane, kernel.know_by, dict(kernel.pools)) == ("kernel", "auto", {})
     container = load_container(write(tmp_path / "vm.conf", good["container"]))
     assert (container.default_pool, container.fuse, container.copy_speed_bytes_s) == ("tank", "auto", 0)
     good["container"]["container"] |= {"pool.pond": "/pond", "copy_speed": "10M", "return_speed": "2m", "fuse": "off"}
@@ -80,6 +90,11 @@ WRONG = [
     ("nas", "nas", "plane", "imaginary"), ("nas", "nas", "port", "0"), ("nas", "nas", "port", "65536"),
     ("nas", "nas", "port", "x"), ("nas", "nas", "port", "-1"), ("nas", "nas", "port", "1.5"),
     ("nas", "nas", "trash_hours", "-1"), ("nas", "nas", "import_dirs", "images"), ("nas", "nas", "speed", "1"),
+    ("nas", "nas", "zpools", "tank"), ("nas", "nas", "transfer_port", "3261"), ("nas", "nas", "address", "nas-0-0"),
+    ("nas", "nas", "address", "0.0.0.0"), ("nas", "nas", "address", "::"),
+    ("kernel nas", "nas", "zpools", ""), ("kernel nas", "nas", "zpools", "tank/"),
+    ("kernel nas", "nas", "pool.tank", "/tank"), ("kernel nas", "nas", "transfer_port", "3260"),
+    ("kernel nas", "nas", "transfer_port", "0"), ("kernel nas", "nas", "know_by", "guess"),
     ("container", "container", "pool.tank", ""), ("container", "container", "vm_container_zpool", "pond"),
     ("container", "container", "vm_container_zpool", "a b"), ("container", "container", "run_dir", "run"),
     ("container", "container", "fuse", "perhaps"), ("container", "container", "copy_speed", "fast"),
@@ -155,3 +170,10 @@ def test_a_file_that_is_not_there_and_a_password_others_can_read(good: dict[str,
 def test_a_percent_sign_means_itself(good: dict[str, Fields], tmp_path: Path) -> None:
     good["nas"]["nas"]["pool.tank"] = "/ta%nk"
     assert str(load_nas(write(tmp_path / "x.conf", good["nas"])).pools["tank"]) == "/ta%nk"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("kind", "plane"), [("nas", UserspaceNas), ("kernel nas", KernelNas)])
+def test_a_nas_has_the_plane_that_is_configured(
+    kind: str, plane: type, good: dict[str, Fields], tmp_path: Path
+) -> None:
+    assert type(nas.plane(load_nas(write(tmp_path / "nas.conf", good[kind])))) is plane

@@ -8,7 +8,6 @@ It puts together volumes (zvols and stamps), targets, transfers and returns; eac
   In direct mode the zvol is writable, marked ``opened`` and has all its space reserved before a target exists, and the
   LUN is synchronous.
 * Of one volume only targets of the newest grant exist. Older ones of ours are removed when a newer grant is exported.
-* A LUN's device is /dev/zdN, proven by the device itself. It is open as long as it is offered, so the number stays.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ from imgstorage.core.ports import (
     Transfer,
 )  # fmt: skip
 from imgstorage.planes.common import images, names
-from imgstorage.planes.common.target import LUN, Offer, Targets
+from imgstorage.planes.common.target import Targets
 from imgstorage.planes.common.versions import superseded
 from imgstorage.planes.kernel import contents, initiators, layout, snapshots, stamps, transfers, trash
 from imgstorage.planes.kernel.pools import Pools
+from imgstorage.planes.kernel.portals import Portals, dataset_of
 from imgstorage.planes.kernel.returns import Returns
 from imgstorage.planes.kernel.stamps import Record
 from imgstorage.planes.kernel.transfers import Permit, Transfers
 from imgstorage.planes.kernel.views import View
 from imgstorage.planes.kernel.volumes import Volumes
-from imgstorage.tools import blockdev
 from imgstorage.tools.run import which
 from imgstorage.tools.tgtadm import Target
 from imgstorage.tools.zfs import datasets
@@ -76,7 +75,8 @@ class KernelNas:
         settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._targets = Targets(settings.state_dir, settings.address, settings.port)
         self._transfers = Transfers(settings.state_dir, settings.address, settings.transfer_port)
-        self._returns = Returns(self._volumes, self._transfers, self._close_targets)
+        self._portals = Portals(self._targets, self._pools, settings.address, settings.port, settings.know_by)
+        self._returns = Returns(self._volumes, self._transfers, self._portals.close)
 
     # -- the plane itself ------------------------------------------------------------------------------------
 
@@ -99,14 +99,14 @@ class KernelNas:
         self._targets.stop()
 
     @property
+    def control_socket(self) -> Path:
+        """What ``TGT_IPC_SOCKET`` has to be for tgtadm to reach this NAS's target daemon."""
+        return self._settings.state_dir / "ctl"
+
+    @property
     def target_pid(self) -> int | None:
         """The target daemon's process id; None if it does not run."""
         return self._targets.pid
-
-    @property
-    def transfer_pid(self) -> int | None:
-        """The ssh server's process id; None if it does not run."""
-        return self._transfers.pid
 
     def pools(self) -> Sequence[Pool]:
         """As :meth:`NasPlane.pools`."""
@@ -136,7 +136,7 @@ class KernelNas:
         known = seen.written if seen is not None else None
         if seen is None or (known is not None and known.stamp.volume.uuid != volume.uuid):
             return
-        if self._targets_of(seen.name):
+        if self._portals.of(seen.name):
             raise ImgStorageError("in_use", f"{volume} is exported")
         if known is not None and known.back is not None and known.back.version:
             raise ImgStorageError("in_use", f"what came back of {volume} was verified and is not applied yet")
@@ -150,7 +150,7 @@ class KernelNas:
     def stamp(self, stamp: Stamp) -> None:
         """As :meth:`NasPlane.stamp`. A volume that a writer has left is sealed when it is stamped as at rest."""
         seen, known = self._volumes.stamp(stamp)
-        if stamp.holder is None and known.opened and known.folding is None and not self._targets_of(seen.name):
+        if stamp.holder is None and known.opened and known.folding is None and not self._portals.of(seen.name):
             self._seal(seen.name, known)
 
     def stamps(self) -> Sequence[Stamp]:
@@ -164,45 +164,54 @@ class KernelNas:
         direct mode all of the volume's space is reserved."""
         seen, known = self._current(grant)
         iqn = names.target_name(grant.nas, grant.volume.name, grant.generation, grant.container)
-        gone = {target.name for target in superseded(grant, iqn, self._targets_of(seen.name))}
-        if gone:
+
+        def check(targets: Sequence[Target]) -> list[Target]:
+            return superseded(grant, iqn, [target for target in targets if dataset_of(target) == seen.name])
+
+        if known.back is not None or known.opened not in ("", str(grant.generation)):
+            gone = {target.name for target in check(self._targets.seen())}
             self._targets.remove(lambda target: target.name in gone)
-        known = self._without_back(grant, seen.name, known)
-        if known.opened and known.opened != str(grant.generation):
-            known = self._seal(seen.name, known)
+            seen, known = self._at_rest(grant, seen, known)
         if grant.mode is Mode.DIRECT:
             self._open(seen, known, grant.generation)
-            transfer = None
-        else:
-            transfer = self._hydrate_permit(grant, seen.name, known)
-        return self._offer(grant, iqn, "", secret, seen.name, writable=grant.mode is Mode.DIRECT, transfer=transfer)
+        elif not seen.dataset.readonly:
+            datasets.set_properties(seen.name, {"readonly": "on"})
+        portal = self._portals.portal(grant, iqn, secret, writable=grant.mode is Mode.DIRECT)
+        self._portals.offer(grant, portal, seen.name, check)
+        if portal.writable:
+            return portal
+        return replace(portal, transfer=self._hydrate_permit(grant, seen.name, known))
 
-    def _without_back(self, grant: Grant, dataset: str, known: Record) -> Record:
+    def _at_rest(self, grant: Grant, seen: View, known: Record) -> tuple[View, Record]:
+        """The volume without what an older grant left of a way back, and sealed if it had a writer."""
         back = known.back
-        if back is None:
-            return known
-        if back.version or known.folding is not None:
-            raise ImgStorageError("diverged", f"what came back of {grant.volume} is not applied yet")
-        if back.generation == grant.generation:
-            raise ImgStorageError("conflict", f"what {grant.container} changed in {grant.volume} is coming back")
-        return self._returns.drop(grant.volume, dataset, known)
+        if back is not None:
+            if back.version or known.folding is not None:
+                raise ImgStorageError("diverged", f"what came back of {grant.volume} is not applied yet")
+            if back.generation == grant.generation:
+                raise ImgStorageError("conflict", f"what {grant.container} changed in {grant.volume} is coming back")
+            self._returns.drop(grant.volume, seen.name, known)
+        else:
+            self._seal(seen.name, known)
+        return self._current(grant)
 
     @staticmethod
     def _open(seen: View, known: Record, generation: Generation) -> None:
-        """Let a target write to a volume."""
+        """Let a target write to a volume, and see first that it never meets a full pool. Raises ``no_space``."""
+        if not seen.dataset.refreservation_bytes:
+            datasets.set_properties(seen.name, {"refreservation": "auto"})
         if not known.opened:
             stamps.save(seen.name, replace(known, opened=str(generation)))
-        if seen.dataset.readonly or not seen.dataset.refreservation_bytes:
-            datasets.set_properties(seen.name, {"refreservation": "auto", "readonly": "off"})
+        if seen.dataset.readonly:
+            datasets.set_properties(seen.name, {"readonly": "off"})
 
     @staticmethod
-    def _seal(dataset: str, known: Record) -> Record:
+    def _seal(dataset: str, known: Record) -> None:
         """A writer has left: what it wrote is the version's bytes."""
         short = layout.direct_snapshot(known.opened)
         seen = snapshots.seal(dataset, short)
-        known = stamps.save(dataset, replace(known, sealed=snapshots.sealed(seen, short), opened=""))
+        stamps.save(dataset, replace(known, sealed=snapshots.sealed(seen, short), opened=""))
         snapshots.prune(seen, short)
-        return known
 
     def _hydrate_permit(self, grant: Grant, dataset: str, known: Record) -> Transfer:
         assert known.sealed is not None  # noqa: S101  (a volume that was never sealed is not current)
@@ -219,46 +228,20 @@ class KernelNas:
         )
 
     def unexport(self, volume: Volume, generation: Generation, container: HostName | None = None) -> None:
-        """As :meth:`NasPlane.unexport`; a way back is closed, and can be opened again.
-
-        It works while the pool is not there too: the name and the grant, which is random, have to do.
-        """
-
-        def of_grant(target: Target) -> bool:
-            name = names.parse_target(target.name)
-            if name is None or name.generation != generation:
-                return False
-            if container is not None and name.container != names.short(container):
-                return False
-            dataset = self._dataset_of(target)
-            if dataset is not None and self._pools.owns(dataset):
-                return dataset == layout.zvol(volume.pool, volume.name)
-            return name.body.endswith(f"-{names.in_iqn(volume.name)}")
+        """As :meth:`NasPlane.unexport`; a way back is closed, and can be opened again."""
 
         def mine(permit: Permit) -> bool:
             return (permit.volume, permit.generation) == (volume.uuid, generation) and (
                 container in (None, permit.container)
             )
 
-        self._targets.remove(of_grant)
+        self._portals.withdraw(volume, generation, container)
         self._transfers.forget(lambda permit: mine(permit) and not permit.attempt)
         self._transfers.close(lambda permit: mine(permit) and not permit.closed)
 
     def exports(self) -> Sequence[ExportSeen]:
         """As :meth:`NasPlane.exports`."""
-        found = []
-        for target in self._targets.seen():
-            name, dataset = names.parse_target(target.name), self._dataset_of(target)
-            ours = dataset if dataset is not None and self._pools.owns(dataset) else None
-            found.append(
-                ExportSeen(
-                    iqn=target.name,
-                    volume_name=ours.rpartition("/")[2] if name is not None and ours else "",
-                    generation=str(name.generation) if name is not None and ours else None,
-                    sessions=len(target.sessions),
-                )
-            )
-        return found
+        return self._portals.seen()
 
     # -- the way back ----------------------------------------------------------------------------------------
 
@@ -268,7 +251,7 @@ class KernelNas:
             raise ImgStorageError("not_allowed", f"{grant.volume} is mapped in direct mode: nothing comes back")
         seen, known = self._current(grant)
         iqn = names.return_name(grant.nas, grant.volume.name, grant.generation, grant.container, attempt)
-        self._close_targets(seen.name, but=iqn)
+        self._portals.close(seen.name, but=iqn)
         self._transfers.forget(lambda permit: permit.volume == grant.volume.uuid and permit.attempt != attempt)
         known = self._returns.begin(grant, kind, attempt, seen.name, known)
         back = known.back
@@ -276,11 +259,11 @@ class KernelNas:
         port = ReturnPort(kind=kind, attempt=attempt, base_version=back.base_version)
         if kind is not ReturnKind.FOLD:
             return replace(port, transfer=self._returns.permit(grant, seen.name, back))
-        purpose = f"return {attempt}"
-        if back.version:
-            return replace(port, portal=self._portal(grant, iqn, purpose, secret, writable=True))
-        self._open(seen, known, grant.generation)
-        return replace(port, portal=self._offer(grant, iqn, purpose, secret, seen.name, writable=True))
+        portal = self._portals.portal(grant, iqn, secret, writable=True, purpose=f"return {attempt}")
+        if not back.version:
+            self._open(seen, known, grant.generation)
+            self._portals.offer(grant, portal, seen.name)
+        return replace(port, portal=portal)
 
     def verify_return(self, grant: Grant, attempt: int, digest: str) -> str:
         """As :meth:`NasPlane.verify_return`."""
@@ -298,7 +281,7 @@ class KernelNas:
         if known is None or back is None or back.version or back.generation != grant.generation:
             return
         if known.folding is not None:
-            self._close_targets(seen.name)
+            self._portals.close(seen.name)
         else:
             self._returns.drop(grant.volume, seen.name, known)
 
@@ -312,54 +295,3 @@ class KernelNas:
                 "stale_generation", f"{grant.volume} is granted as {known.stamp.generation}, not {grant.generation}"
             )
         return seen, known
-
-    def _portal(
-        self, grant: Grant, iqn: str, purpose: str, secret: str, *, writable: bool, transfer: Transfer | None = None
-    ) -> Portal:
-        return Portal(
-            address=self._settings.address,
-            port=self._settings.port,
-            iqn=iqn,
-            lun=LUN,
-            serial=names.serial(grant.volume.uuid, grant.generation, purpose),
-            user=names.chap_user(grant.volume.uuid, iqn),
-            secret=secret,
-            writable=writable,
-            transfer=transfer,
-        )
-
-    def _offer(
-        self,
-        grant: Grant,
-        iqn: str,
-        purpose: str,
-        secret: str,
-        dataset: str,
-        *,
-        writable: bool,
-        transfer: Transfer | None = None,
-    ) -> Portal:
-        portal = self._portal(grant, iqn, purpose, secret, writable=writable, transfer=transfer)
-        offer = Offer(
-            iqn=iqn,
-            path=self._volumes.device(dataset, grant.volume.size_bytes).path,
-            serial=portal.serial,
-            user=portal.user,
-            initiator=names.initiator_name(grant.container),
-            address=initiators.address(grant.container, self._settings.address, self._settings.know_by),
-            readonly=not writable,
-        )
-        self._targets.offer(offer, secret, lambda _: [])
-        return portal
-
-    def _targets_of(self, dataset: str) -> list[Target]:
-        return [target for target in self._targets.seen() if self._dataset_of(target) == dataset]
-
-    def _close_targets(self, dataset: str, but: str = "") -> None:
-        self._targets.remove(lambda target: target.name != but and self._dataset_of(target) == dataset)
-
-    @staticmethod
-    def _dataset_of(target: Target) -> str | None:
-        """The zvol that a target offers; None for none, or one that is gone."""
-        lun = target.lun(LUN)
-        return None if lun is None else blockdev.linked_zvols().get(lun.path)

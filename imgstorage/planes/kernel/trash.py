@@ -52,8 +52,9 @@ def empty(pools: Pools, older_than_s: float) -> int:
     for folder in pools.subfolders(layout.TRASH):
         for found in properties.datasets(folder, depth=1, kinds=(Kind.VOLUME,)):
             match = _TRASHED.fullmatch(found.name.rpartition("/")[2])
-            if match and time.time() - int(match[1]) >= older_than_s:
-                count += _destroy(found.name)
+            if match and time.time() - int(match[1]) >= older_than_s and _destroy(found.name):
+                count += 1
+                _destroy_origin(found.origin)
     return count
 
 
@@ -75,6 +76,21 @@ def _destroy(name: str) -> bool:
         log.warning("%s stays in the trash: %s", name, error)
         return False
     return True
+
+
+def _destroy_origin(origin: str) -> None:
+    """Destroy the snapshot that a head set back left its volume with, if it was kept for that head alone."""
+    dataset, at, short = origin.partition("@")
+    seen = view(dataset) if at and layout.is_ours(short) else None
+    known = seen.record if seen is not None else None
+    one = seen.named(short) if seen is not None else None
+    if (
+        known is None
+        or one is None
+        or short in (known.sealed and known.sealed.name, known.back and known.back.snapshot)
+    ):
+        return
+    snapshots.destroy(one)
 
 
 def destroy_new(name: str) -> None:
