@@ -1,6 +1,6 @@
 # Shortcuts for contributors; each is one command of admin/ or of .venv.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check unit format docs lock clean
+.PHONY: help install demo test check unit lab format docs lock clean
 
 help: ## show these targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -19,6 +19,9 @@ check: install ## style, layout, types, imports
 
 unit: ## the unit tests
 	@admin/test tests/unit
+
+lab: ## the tests in virtual machines, with real ZFS, iSCSI and device-mapper (as root)
+	@admin/lab run
 
 format: install ## lay out the code and put right what can be
 	@.venv/bin/ruff check --fix --quiet . ; .venv/bin/ruff format .

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import shlex
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +21,13 @@ from typing import Any
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.tools.qmp import Monitor, check_socket_path
-from imgstorage.tools.run import Result, environment, run, which
+from imgstorage.tools.run import Result, run, which
+from tests.lab import identity
 from tests.lab.agent_client import ANSWER_S, AgentClient
 from tests.lab.machine import STATE_BYTES, Machine, disk_path
 
-BOOT_S = 180.0
+BOOT_S = 300.0
+RUN_S = 120.0
 MIGRATE_S = 120.0
 END_S = 10.0
 POLL_S = 0.01
@@ -38,37 +41,38 @@ _starter = ThreadPoolExecutor(1, "lab-starter")
 class Guest:
     """One virtual machine. Made by :class:`tests.lab.lab.Lab`."""
 
-    def __init__(self, machine: Machine, folder: Path, argv: Callable[[], list[str]]) -> None:
-        """``argv`` gives QEMU's command line; ``folder`` holds disks, sockets and logs."""
+    def __init__(self, machine: Machine, folder: Path, argv: Sequence[str], environment: Mapping[str, str]) -> None:
+        """``argv`` is QEMU's command line, ``environment`` its own; ``folder`` holds disks, sockets and logs."""
         self.name = machine.name
         self.machine = machine
         self.folder = folder
         self._argv = argv
-        # What a test starts may not outlive it; a guest belongs to the lab, whoever starts it again.
-        self._environment = environment()
+        self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
         self._agent: AgentClient | None = None
         self._connecting = threading.Lock()
 
     # power
 
-    def make_disks(self) -> None:
-        """New, empty disks."""
+    def make_disks(self, addresses: Mapping[str, str]) -> None:
+        """New disks, empty but for what makes this host itself; ``addresses`` are those of all hosts."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for serial, size in {"state": STATE_BYTES, **self.machine.disks}.items():
             path = disk_path(self.folder, serial)
             path.unlink(missing_ok=True)
             with open(path, "xb") as disk:
                 disk.truncate(size)
-        options = ["-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", "-N", "65536", "-J", "size=16"]
-        run(["mkfs.ext4", "-q", "-F", *options, str(disk_path(self.folder, "state"))])
+        with tempfile.TemporaryDirectory(dir=self.folder) as top:
+            identity.make(Path(top) / "upper", self.name, addresses)
+            options = ["-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", "-N", "65536", "-J", "size=16"]
+            run(["mkfs.ext4", "-q", "-F", *options, "-d", top, str(disk_path(self.folder, "state"))])
 
     def start(self, incoming: Path | None = None) -> None:
         """Start QEMU: it boots, or goes on from a saved state. :meth:`wait_ready` waits for the agent."""
         for name in ("qmp", "agent"):
             check_socket_path(self.folder / name).unlink(missing_ok=True)
         (self.folder / "console.log").unlink(missing_ok=True)
-        argv = self._argv()
+        argv = list(self._argv)
         if incoming:
             argv += ["-incoming", f"exec:cat {shlex.quote(str(incoming))}"]
         self._process = _starter.submit(self._popen, argv).result()
@@ -87,8 +91,9 @@ class Guest:
             )
 
     def wait_ready(self, timeout_s: float = BOOT_S) -> None:
-        """Wait until the agent answers: the guest is booted. Raises as :meth:`run`."""
+        """Wait until the agent answers: the guest is booted; set its clock. Raises as :meth:`run`."""
         self._call("hello", timeout_s)
+        self._call("clock", ANSWER_S, now=time.time())
 
     def kill(self) -> None:
         """Cut the power. See the module's words on what a disk loses."""
@@ -106,7 +111,7 @@ class Guest:
         self.start()
         self.wait_ready()
 
-    def shut_down(self, timeout_s: float = 60.0) -> None:
+    def shut_down(self, timeout_s: float = RUN_S) -> None:
         """Shut down in order and wait for the end of QEMU. Raises ``timeout``."""
         self.spawn(["python3", "/opt/imgstorage/tests/lab/inside/halt.py"])
         assert self._process
@@ -127,7 +132,7 @@ class Guest:
         self,
         argv: Sequence[str],
         *,
-        timeout_s: float = 60.0,
+        timeout_s: float = RUN_S,
         stdin: str | bytes = "",
         env: Mapping[str, str] | None = None,
         cwd: str = "/root",
@@ -141,7 +146,8 @@ class Guest:
         data = stdin.encode() if isinstance(stdin, str) else stdin
         result = self._client().run(argv, timeout_s=timeout_s, stdin=data, env=env, cwd=cwd)
         if check and result.exit_status != 0:
-            text = f"'{shlex.join(argv)}' ended with status {result.exit_status}: {(result.stderr or result.stdout).strip()}"
+            said = (result.stderr or result.stdout).strip()
+            text = f"'{shlex.join(argv)}' ended with status {result.exit_status}: {said}"
             raise ImgStorageError("tool_failed", text, host=self.name)
         return result
 
@@ -153,7 +159,7 @@ class Guest:
         pid: int = given["pid"]
         return pid
 
-    def python(self, code: str, *, timeout_s: float = 60.0, **values: Any) -> Any:
+    def python(self, code: str, *, timeout_s: float = RUN_S, **values: Any) -> Any:
         """Run Python within the agent, which saves starting one (0.4 s); returns what it leaves in ``result``.
 
         ``values`` are its global names. Values and result are what JSON can hold.
@@ -176,7 +182,7 @@ class Guest:
             if len(part) < CHUNK:
                 return bytes(data)
 
-    def wait_for(self, argv: Sequence[str], timeout_s: float = 30.0) -> Result:
+    def wait_for(self, argv: Sequence[str], timeout_s: float = RUN_S) -> Result:
         """Repeat a command until it ends with status 0. Raises ``timeout`` with the last words of the last one."""
         until = time.monotonic() + timeout_s
         while True:
@@ -187,10 +193,6 @@ class Guest:
                 text = f"'{shlex.join(argv)}' still fails after {timeout_s:g} s: {result.last_line}"
                 raise ImgStorageError("timeout", text, host=self.name)
             time.sleep(0.1)
-
-    def set_clock(self) -> None:
-        """Give the guest this machine's time."""
-        self._call("clock", ANSWER_S, now=time.time())
 
     def _call(self, op: str, wait_s: float, **request: Any) -> dict[str, Any]:
         return self._client().call(op, wait_s, **request)
@@ -261,7 +263,6 @@ class Guest:
             _wait(lambda: self._restored(monitor), MIGRATE_S, f"{self.name} was not restored")
             monitor.command("cont")
         self.wait_ready()
-        self.set_clock()
 
     def _restored(self, monitor: Monitor) -> bool:
         if not self.alive:
@@ -275,10 +276,9 @@ class Guest:
 
     def fate(self) -> str:
         """For errors: whether QEMU runs, and the last lines of its log and of the guest's console."""
-        status = (
-            "is running" if self.alive else f"ended ({self._process.returncode if self._process else 'not started'})"
-        )
-        text = f"; QEMU {status}"
+        text = "; QEMU is running"
+        if not self.alive:
+            text = f"; QEMU ended with status {self._process.returncode}" if self._process else "; QEMU was not started"
         for name in ("qemu.log", "console.log"):
             with contextlib.suppress(FileNotFoundError):
                 lines = (self.folder / name).read_text(errors="replace").splitlines()[-CONSOLE_LINES:]

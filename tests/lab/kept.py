@@ -24,7 +24,7 @@ from imgstorage.tools.run import SYSTEM_PATH, run, start_time, wait_gone
 from tests.lab import build, build_code
 from tests.lab.build_steps import say
 from tests.lab.lab import Lab
-from tests.lab.network import HOST_ADDRESS, guest_address
+from tests.lab.network import HOST_ADDRESS
 
 FILE, LOCK, LOG, KEY = "lab.json", "lab.lock", "lab.log", "lab.key"
 THIS_SIDE = "host"
@@ -62,15 +62,16 @@ def find(folder: Path) -> Kept | None:
 def up(folder: Path, hosts: list[str]) -> Kept:
     """Build what is missing, boot the hosts and leave them running.
 
-    Raises ``exists`` if a lab is kept there, ``exists`` if the folder holds something else, and as :class:`Lab`.
+    Raises ``exists`` if a lab is kept there or the folder holds something else, and as :class:`Lab`.
     """
     folder = folder.absolute()
+    for name in Lab(folder, hosts).names:  # what is wrong with it is said before anything is built
+        check_socket_path(folder / name / "agent")
     build.artefact()
     if _keeper(folder) is not None:
         raise ImgStorageError("exists", f"a lab is running in {folder}", hint="end it with 'admin/lab down'")
     if folder.exists() and any(folder.iterdir()) and not (folder / LOCK).exists():
         raise ImgStorageError("exists", f"{folder} holds something that is no lab", hint="name another with dir=PATH")
-    check_socket_path(folder / max(hosts, key=len) / "agent")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with open(folder / LOG, "wb") as log:
@@ -151,8 +152,7 @@ def keep(folder: Path, hosts: list[str]) -> None:
             for guest in lab:
                 guest.put("/root/.ssh/authorized_keys", public, 0o600)
                 guest.release_agent()
-            addresses = {THIS_SIDE: HOST_ADDRESS} | {name: guest_address(i) for i, name in enumerate(lab.names)}
-            kept = Kept(os.getpid(), lab.network.name, addresses)
+            kept = Kept(os.getpid(), lab.network.name, {THIS_SIDE: HOST_ADDRESS, **lab.addresses})
             signal.pthread_sigmask(signal.SIG_BLOCK, ends)
             (folder / f"{FILE}.new").write_text(json.dumps(asdict(kept)))
             (folder / f"{FILE}.new").rename(folder / FILE)

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
 from imgstorage.core.errors import ImgStorageError
+from imgstorage.tools import run as tools
 from tests.lab import build, build_code
 from tests.lab.build_steps import say
 from tests.lab.guest import Guest
 from tests.lab.machine import Machine, qemu_argv
-from tests.lab.network import Network
+from tests.lab.network import Network, guest_address
 
+HOSTS_MAX = 90
 HOSTS = ("nas-0-0", "compute-0-0")
 
 
@@ -29,17 +31,28 @@ class Lab:
     """Guests by name, as a context manager. Building what they boot from, if need be, takes minutes."""
 
     def __init__(
-        self, folder: Path, hosts: Sequence[str | Machine] = HOSTS, *, checkout: Path = build_code.TOP
+        self,
+        folder: Path,
+        hosts: Sequence[str | Machine] = HOSTS,
+        *,
+        checkout: Path = build_code.TOP,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """``folder`` belongs to the lab; keep its path short (sockets are in it). Nothing runs yet.
 
-        ``checkout`` is where the project's code in the guests is taken from, when the lab starts.
+        ``checkout`` is where the project's code in the guests is taken from, when the lab starts; ``environment``
+        is what QEMU runs with, now and whenever a guest is started again.
         """
         self.folder = folder.absolute()
         self._checkout = checkout
+        self._environment = tools.environment() if environment is None else environment
         self.network = Network()
         machines = [Machine(host) if isinstance(host, str) else host for host in hosts]
         self.names = [machine.name for machine in machines]
+        if not machines or len(set(self.names)) != len(machines) or len(machines) > HOSTS_MAX:
+            text = f"a lab has 1 to {HOSTS_MAX} hosts, each with a name of its own, not: {', '.join(self.names)}"
+            raise ImgStorageError("usage", text)
+        self.addresses = {name: guest_address(index) for index, name in enumerate(self.names)}
         self._machines = machines
         self._guests: dict[str, Guest] = {}
 
@@ -67,10 +80,10 @@ class Lab:
             for index, machine in enumerate(self._machines):
                 folder = self.folder / machine.name
                 tap = self.network.add_tap(index)
-                argv = self.network.argv(qemu_argv(machine, index, self.names, images, folder, tap))
-                guest = Guest(machine, folder, lambda argv=argv: list(argv))  # type: ignore[misc]
+                argv = self.network.argv(qemu_argv(machine, index, images, folder, tap))
+                guest = Guest(machine, folder, argv, self._environment)
                 self._guests[machine.name] = guest
-                guest.make_disks()
+                guest.make_disks(self.addresses)
             began = time.monotonic()
             for guest in self:
                 guest.start()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
 from imgstorage.core.errors import ImgStorageError
 from tests.lab.network import PREFIX_LENGTH, guest_address, guest_mac
+from tests.lab.tsc import frequency_khz
 
 GIB = 1 << 30
 STATE_BYTES = 4 * GIB
@@ -47,14 +48,20 @@ class Images:
     code: Path
 
 
-def qemu_argv(machine: Machine, index: int, names: Sequence[str], images: Images, folder: Path, tap: str) -> list[str]:
-    """The command line of guest number ``index`` of those called ``names``; its files are in ``folder``."""
-    hosts = ",".join(f"{guest_address(i)}:{name}" for i, name in enumerate(names))
-    told = f"lab.host={machine.name} lab.address={guest_address(index)}/{PREFIX_LENGTH} lab.hosts={hosts}"
+def qemu_argv(machine: Machine, index: int, images: Images, folder: Path, tap: str) -> list[str]:
+    """The command line of the lab's guest number ``index``; its files are in ``folder``."""
+    told = f"tsc_early_khz={frequency_khz()} lab.address={guest_address(index)}/{PREFIX_LENGTH}"
     argv = ["qemu-system-x86_64", "-name", machine.name, "-accel", "tcg,thread=multi", "-cpu", "max"]
     argv += ["-smp", str(machine.cpus), "-m", str(machine.memory_mib), "-M", "q35", "-nodefaults", "-no-user-config"]
     argv += ["-display", "none", "-no-reboot", "-rtc", "base=utc"]
-    argv += ["-kernel", str(images.kernel), "-initrd", str(images.initramfs), "-append", f"{KERNEL_ARGUMENTS} {told}"]
+    argv += [
+        "-kernel",
+        str(images.kernel),
+        "-initrd",
+        str(images.initramfs),
+        "-append",
+        f"{KERNEL_ARGUMENTS} {told}",
+    ]
     argv += ["-serial", f"file:{folder}/console.log"]
     argv += ["-qmp", f"unix:{folder}/qmp,server=on,wait=off"]
     argv += ["-device", "virtio-serial-pci", "-chardev", f"socket,id=agent,path={folder}/agent,server=on,wait=off"]

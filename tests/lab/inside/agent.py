@@ -20,6 +20,7 @@ import base64
 import json
 import os
 import signal
+import site
 import subprocess
 import threading
 import time
@@ -102,6 +103,7 @@ def clock(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def python(request: dict[str, Any]) -> dict[str, Any]:
+    site.main()  # installed packages become importable: not before somebody wants them, it takes time
     names: dict[str, Any] = {"result": None, **request.get("values", {})}
     exec(compile(request["code"], "<snippet>", "exec"), names)
     return {"result": names["result"]}
