@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import random
 import subprocess
-import threading
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Volume
-from imgstorage.core.ports import CopyState, ImageInfo, Progress
+from imgstorage.core.ports import ImageInfo
 from tests.contract.nas_lab import SIZE, Lab
 from tests.contract.test_nas_plane import refused
 
@@ -62,38 +59,6 @@ def test_what_is_in_the_image_is_in_the_volume(lab: Lab, options: tuple[str, ...
     assert lab.used_bytes(volume) < 3 * MIB
     assert [stamp.volume for stamp in lab.plane.stamps()] == [volume]
     assert lab.leftovers() == []
-
-
-def test_who_waits_is_told_how_far_it_is(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is copied is counted, not what a sparse file is as a whole; the last that is told is all of it."""
-    from imgstorage.planes.userspace import images
-    from imgstorage.tools import qemu_img
-
-    convert, half = qemu_img.convert, threading.Event()
-
-    def slow(source: Mapping[str, Any], path: Path, fmt: str) -> None:
-        path.write_bytes(BYTES)  # one of two MiB
-        assert half.wait(20.0), "nothing was told"
-        convert(source, path, fmt)
-
-    def tell(progress: Progress) -> None:
-        told.append(progress)
-        if progress.done_bytes >= MIB:
-            half.set()
-
-    monkeypatch.setattr(images, "TELL_EVERY_S", 0.01)
-    monkeypatch.setattr(qemu_img, "convert", slow)
-    told: list[Progress] = []
-    info = lab.plane.image_info(str(raw(lab)))
-    volume = lab.volume(size=info.size_bytes)
-    lab.plane.import_image(volume, info, tell)
-    assert any(MIB <= one.done_bytes < one.total_bytes for one in told)
-    assert (told[-1].state, told[-1].done_bytes) == (CopyState.DONE, told[-1].total_bytes)
-    assert 2 * MIB <= told[-1].total_bytes < 3 * MIB
-    half.clear()
-    told.clear()
-    lab.plane.dump(volume, str(lab.import_dir / "out.img"), tell)
-    assert (told[-1].state, told[-1].done_bytes) == (CopyState.DONE, told[-1].total_bytes)
 
 
 def test_import_again_adopts_and_never_overwrites(lab: Lab) -> None:

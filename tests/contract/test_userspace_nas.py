@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from imgstorage.core.names import PoolName
-from imgstorage.core.ports import Grant
+from imgstorage.core.ports import CopyState, Grant, Progress
 from tests.contract.nas_lab import SECOND, SECRET, SIZE
 from tests.contract.nas_userspace import UserspaceLab
+from tests.contract.test_nas_images import BYTES, raw
 from tests.contract.test_nas_plane import refused
 from tests.contract.test_nas_returns import BACK, WRITES
 from tests.mirror import make_overlay, qemu_io
@@ -106,3 +110,35 @@ def test_a_byte_flipped_on_the_way_is_found(lab: UserspaceLab, grant: Grant) -> 
     (name,) = [name for name in lab.leftovers() if name.endswith(".delta")]
     qemu_io(lab.place(grant.volume).parent / name, "write -P 4 100k 1")
     refused("verify_failed", lambda: lab.plane.verify_return(grant, 1, digest))
+
+
+def test_who_waits_is_told_how_far_it_is(lab: UserspaceLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is copied is counted, not what a sparse file is as a whole; the last that is told is all of it."""
+    from imgstorage.planes.common import images
+    from imgstorage.tools import qemu_img
+
+    convert, half = qemu_img.convert, threading.Event()
+
+    def slow(source: Mapping[str, Any], path: Path, fmt: str) -> None:
+        path.write_bytes(BYTES)  # one of two MiB
+        assert half.wait(20.0), "nothing was told"
+        convert(source, path, fmt)
+
+    def tell(progress: Progress) -> None:
+        told.append(progress)
+        if progress.done_bytes >= MIB:
+            half.set()
+
+    monkeypatch.setattr(images, "TELL_EVERY_S", 0.01)
+    monkeypatch.setattr(qemu_img, "convert", slow)
+    told: list[Progress] = []
+    info = lab.plane.image_info(str(raw(lab)))
+    volume = lab.volume(size=info.size_bytes)
+    lab.plane.import_image(volume, info, tell)
+    assert any(MIB <= one.done_bytes < one.total_bytes for one in told)
+    assert (told[-1].state, told[-1].done_bytes) == (CopyState.DONE, told[-1].total_bytes)
+    assert 2 * MIB <= told[-1].total_bytes < 3 * MIB
+    half.clear()
+    told.clear()
+    lab.plane.dump(volume, str(lab.import_dir / "out.img"), tell)
+    assert (told[-1].state, told[-1].done_bytes) == (CopyState.DONE, told[-1].total_bytes)
