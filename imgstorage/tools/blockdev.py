@@ -196,13 +196,16 @@ def wait_gone(volume: str, *, deadline_s: float) -> None:
 
 
 def zvol_of(device: Path) -> str | None:
-    """The dataset of a zvol's device, asked of the kernel without starting a command; None if it is none, or gone."""
+    """The dataset of a zvol's device, asked of the kernel without starting a command; None if it is none, or gone.
+
+    After a rename the rest of a longer name from before stands behind the end of this one (ZFS 2.1.11).
+    """
     try:
         fd = os.open(device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        return fcntl.ioctl(fd, BLKZNAME, bytes(ZNAME_BYTES)).rstrip(b"\0").decode()
+        return fcntl.ioctl(fd, BLKZNAME, bytes(ZNAME_BYTES)).partition(b"\0")[0].decode()
     except (OSError, UnicodeDecodeError):
         return None
     finally:
