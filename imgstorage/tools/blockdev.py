@@ -99,16 +99,18 @@ def parse_zvol_id(text: str) -> str:
 # -- verbs --------------------------------------------------------------------------------------------------
 
 
-def _failed(result: Result, device: Path) -> ImgStorageError:
+def refusal(result: Result, device: Path) -> ImgStorageError:
+    """The error for a command that failed: ``not_found`` or ``tool_failed``."""
     text = f"'{Path(result.argv[0]).name}' of {device} failed: {result.last_line}"
     missing = result.last_line.endswith((": No such file or directory", ": No such device or address"))
+    missing = missing or result.last_line.startswith("Unable to access device file: ")
     return ImgStorageError("not_found" if missing else "tool_failed", text)
 
 
 def _run(argv: list[str], device: Path, timeout_s: float = TIMEOUT_S) -> str:
     result = run(argv, timeout_s=timeout_s, check=False)
     if result.exit_status != 0:
-        raise _failed(result, device)
+        raise refusal(result, device)
     return result.stdout
 
 
@@ -154,6 +156,8 @@ def _look(volume: str, size_bytes: int) -> tuple[Zvol | None, str]:
     if match is None:
         return None, f"{link} leads to no device"
     size, number = _size_of(match[1]), _number_of(match[1])
+    if size < 0:
+        return None, f"{link} leads to {path}, which has no size"
     if size != size_bytes:
         return None, f"{link} leads to {path}, which has {size} bytes instead of {size_bytes}"
     try:

@@ -1,7 +1,7 @@
 """A NAS plane under test with its surroundings, for the plane that the environment names.
 
-``IMGSTORAGE_PLANE`` is userspace (where nothing is said) or kernel; that needs root, ZFS and a zpool, as the guests of
-the lab have it, which ``IMGSTORAGE_ZPOOL`` names.
+``IMGSTORAGE_TEST_PLANE`` is userspace (where nothing is said) or kernel; that needs root, ZFS and a zpool, as the
+guests of the lab have it, which ``IMGSTORAGE_TEST_ZPOOL`` names.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def import_dir(tmp_path: Path) -> Path:
 @pytest.fixture
 def lab(tmp_path: Path, import_dir: Path) -> Iterator[Lab]:
     """A started NAS plane with its surroundings; ended whatever happens."""
-    with SURROUNDINGS[os.environ.get("IMGSTORAGE_PLANE", "userspace")](tmp_path, import_dir) as made:
+    with SURROUNDINGS[os.environ.get("IMGSTORAGE_TEST_PLANE", "userspace")](tmp_path, import_dir) as made:
         try:
             made.plane.start()
             yield made

@@ -237,7 +237,7 @@ def _destroy(dataset: str) -> None:
 @contextlib.contextmanager
 def surroundings(tmp: Path, import_dir: Path) -> Iterator[KernelLab]:
     """A lab that is not started; its dataset goes afterwards, with all in it."""
-    root = f"{os.environ['IMGSTORAGE_ZPOOL']}/{secrets.token_hex(4)}"
+    root = f"{os.environ['IMGSTORAGE_TEST_ZPOOL']}/{secrets.token_hex(4)}"
     for name in (root, f"{root}/tank", f"{root}/tank/vms"):
         datasets.create_filesystem(name, layout.FOLDER_PROPERTIES)
     state_dir = Path(tempfile.mkdtemp(prefix="in-"))

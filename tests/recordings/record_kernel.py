@@ -7,6 +7,7 @@ here happens to a machine that is thrown away. Names are fixed, guids, dates and
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from imgstorage.tools.dmsetup import tables
 from imgstorage.tools.run import Result, run, which
 from imgstorage.tools.zfs import datasets, properties, snapshots, streams
 from imgstorage.tools.zfs.properties import Kind
-from tests.recordings.record import Recorder, version
+from tests.recordings.record import HERE, Recorder, version
 
 MIB = 1 << 20
 VMS = "tank/vms"
@@ -29,7 +30,14 @@ VM = "tank/vms/vm-1"
 COPY = "tank/copy"
 USER = "org.imgstorage:generation"
 BLOCK = 16384
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
+RECORDING_S = 1800.0
+SPARE_BYTES = 256 * MIB
+
+
+def do(argv: Sequence[str], *, stdin: str = "", check: bool = True) -> Result:
+    """Run a command, on a machine that may be slow."""
+    return run(argv, stdin=stdin, check=check, timeout_s=DEADLINE_S)
 
 
 def make(volume: str, size_bytes: int = 16 * MIB, *, sparse: bool = True, user: dict[str, str] | None = None) -> Path:
@@ -86,7 +94,7 @@ def volume_argv(volume: str, size_bytes: int, *, sparse: bool = True) -> list[st
 
 
 def record_datasets(record: Recorder) -> None:
-    run(datasets.create_filesystem_argv(VMS, {USER: "above"}))
+    do(datasets.create_filesystem_argv(VMS, {USER: "above"}))
     record("create", volume_argv(VM, 16 * MIB))
     record("create-reserved", volume_argv(f"{VMS}/thick", 16 * MIB, sparse=False))
     record("create-exists", volume_argv(VM, 16 * MIB))
@@ -136,6 +144,7 @@ def record_snapshots(record: Recorder) -> None:
     record("holds", snapshots.holds_argv(f"{VM}@one"))
     record("holds-none", snapshots.holds_argv(f"{VM}@two"))
     record("holds-missing", snapshots.holds_argv(f"{VM}@none"))
+    record("destroy-snapshot-held", snapshots.destroy_snapshot_argv(f"{VM}@one"))
     record("clone", datasets.clone_argv(f"{VM}@one", f"{VMS}/clone-1", {USER: "clone"}))
     datasets.clone(f"{VM}@one", f"{VMS}/clone-2", {})
     record("clone-exists", datasets.clone_argv(f"{VM}@one", f"{VMS}/clone-1", {}))
@@ -145,7 +154,6 @@ def record_snapshots(record: Recorder) -> None:
     record("list-snapshots-missing", snapshots.list_snapshots_argv(f"{VMS}/none"))
     record("get-written", properties.get_argv(VM, ("written@one",)))
     record("get-written-missing", properties.get_argv(VM, ("written@none",)))
-    record("destroy-snapshot-held", snapshots.destroy_snapshot_argv(f"{VM}@one"))
     record("release", snapshots.release_argv("img-1", f"{VM}@one"))
     record("release-missing", snapshots.release_argv("img-1", f"{VM}@one"))
     record("release-no-snapshot", snapshots.release_argv("img-1", f"{VM}@none"))
@@ -185,7 +193,7 @@ def record_streams(record: Recorder, work: Path) -> None:
         snapshots.snapshot(f"tank/source@{name}")
     make("tank/other")
     snapshots.snapshot("tank/other@one")
-    run(["zfs", "bookmark", "tank/source@one", "tank/source#mark"])
+    do(["zfs", "bookmark", "tank/source@one", "tank/source#mark"])
     record("estimate-full", streams.estimate_argv("tank/source@one"))
     record("estimate-incremental", streams.estimate_argv("tank/source@two", base="tank/source@one"))
     record("estimate-bookmark", streams.estimate_argv("tank/source@two", base="tank/source#mark"))
@@ -207,13 +215,13 @@ def record_streams(record: Recorder, work: Path) -> None:
     keep("receive-exists", receive(COPY), full)
     keep("receive-incremental", receive(f"{COPY}@two"), second)
     keep("receive-again", receive(COPY), second)
-    run(["zfs", "rollback", "-r", f"{COPY}@one"])
+    do(["zfs", "rollback", "-r", f"{COPY}@one"])
     keep("receive-mismatch", receive(COPY), third)
     datasets.set_properties(COPY, {"readonly": "off"})
     node = blockdev.wait_zvol(COPY, 32 * MIB, deadline_s=DEADLINE_S).path
     fill(node, 0, MIB)
     keep("receive-modified", receive(COPY), second)
-    run(["zfs", "rollback", f"{COPY}@one"])
+    do(["zfs", "rollback", f"{COPY}@one"])
     with held_open(node):
         keep("receive-open", receive(COPY), second)
     keep("receive-no-parent", receive("tank/none/copy"), full)
@@ -227,8 +235,17 @@ def record_streams(record: Recorder, work: Path) -> None:
     half.write_bytes(full.read_bytes()[: 2 * MIB])
     keep("receive-empty", receive("tank/new"), empty)
     keep("receive-garbage", receive("tank/new"), garbage)
-    run(["zfs", "create", "-o", f"quota={3 * MIB}", "tank/small"])
+    do(["zfs", "create", "-o", f"quota={3 * MIB}", "tank/small"])
     keep("receive-no-space", receive("tank/small/copy"), full)
+    with open(work / "tiny", "wb") as out:
+        out.truncate(128 * MIB)
+    do(["zpool", "create", "tiny", str(work / "tiny")])
+    fill(make("tiny/thick", 16 * MIB, sparse=False), 0, 16 * MIB)
+    do(["zpool", "sync", "tiny"])
+    do(["zfs", "create", "-o", f"reservation={properties.dataset('tiny').available_bytes - MIB}", "tiny/ballast"])
+    keep("receive-pool-full", receive("tiny/copy"), full)
+    record("snapshot-no-space", snapshots.snapshot_argv("tiny/thick@one", {}))
+    do(["zpool", "destroy", "tiny"])
 
     keep("receive-cut", receive("tank/part", properties={USER: "receiver"}), half)
     record("get-partial", properties.get_argv("tank/part", (*properties.NATIVE, USER), depth=0))
@@ -254,9 +271,11 @@ def record_streams(record: Recorder, work: Path) -> None:
     record("token-renamed", streams.token_argv(token))
     snapshots.snapshot("tank/source@two")
     record("token-other-snapshot", streams.token_argv(token))
-    record("send-other-snapshot", streams.resume_argv(token))
     snapshots.destroy_snapshot("tank/source@two")
     snapshots.destroy_snapshot("tank/source@moved")
+    record("token-elsewhere", streams.token_argv(token))  # tank/copy@two has the same guid
+    record("send-elsewhere", streams.resume_argv(token))
+    datasets.destroy(COPY, recursive=True)
     record("token-stale", streams.token_argv(token))
     record("send-stale", streams.resume_argv(token))
     record("abort", streams.abort_argv("tank/part"))
@@ -269,7 +288,7 @@ def record_streams(record: Recorder, work: Path) -> None:
         slow.stdin.write(start)
         slow.stdin.flush()
         until = time.monotonic() + DEADLINE_S
-        while run(["zfs", "list", "tank/slow"], check=False).exit_status and time.monotonic() < until:
+        while do(["zfs", "list", "tank/slow"], check=False).exit_status and time.monotonic() < until:
             time.sleep(0.1)
         keep("receive-twice", receive("tank/slow"), full)
         record("get-receiving", properties.get_argv("tank/slow", (*properties.NATIVE, USER), depth=0))
@@ -311,20 +330,20 @@ def record_blockdev(work: Path, into: Path) -> None:
 
 
 def dm_device(name: str, target: tables.Target, sectors: int) -> None:
-    run(dm.create_argv(name, tables.one(sectors, target), dm_uuid=f"IMG-{name}"))
+    do(dm.create_argv(name, tables.one(sectors, target), dm_uuid=f"IMG-{name}"))
 
 
 def switch(name: str, target: tables.Target, sectors: int) -> None:
-    run(dm.suspend_argv(name))
-    run(dm.reload_argv(name, tables.one(sectors, target)))
-    run(dm.resume_argv(name))
+    do(dm.suspend_argv(name))
+    do(dm.reload_argv(name, tables.one(sectors, target)))
+    do(dm.resume_argv(name))
 
 
 def merged(name: str, *, wanted: str = "") -> Result:
     """The status of a merge that has ended: as ``wanted``, or done."""
     until = time.monotonic() + DEADLINE_S
     while time.monotonic() < until:
-        result = run(dm.status_argv(name))
+        result = do(dm.status_argv(name))
         last = result.stdout.split()[-2:]
         if (wanted and wanted in result.stdout) or (len(last) == 2 and last[0].split("/")[0] == last[1]):
             return result
@@ -354,7 +373,7 @@ def record_dmsetup(work: Path, into: Path) -> None:
     record_dm_snapshots(record, sectors, origin, cow, small)
 
 
-DISKS = (("origin", 16 * MIB), ("cow", 16 * MIB), ("small", MIB))
+DISKS = (("dm-origin", 16 * MIB), ("dm-cow", 16 * MIB), ("dm-small", MIB))
 
 
 def record_dm_basics(record: Recorder, sectors: int, origin: str) -> None:
@@ -379,6 +398,9 @@ def record_dm_basics(record: Recorder, sectors: int, origin: str) -> None:
     record("reload", dm.reload_argv("vm-1", error))
     record("reload-no-device", dm.reload_argv("vm-1", "0 32768 linear /dev/none 0"))
     record("reload-too-long", dm.reload_argv("vm-1", f"0 65536 linear {origin} 0"))
+    record("resume-too-long", dm.resume_argv("vm-1"))
+    record("info-resume-refused", dm.info_argv("vm-1"))
+    record("table-resume-refused", dm.table_argv("vm-1"))
     record("reload-again", dm.reload_argv("vm-1", error))
     record("info-both-tables", dm.info_argv("vm-1"))
     record("table-inactive", dm.table_argv("vm-1", inactive=True))
@@ -388,24 +410,24 @@ def record_dm_basics(record: Recorder, sectors: int, origin: str) -> None:
     switch("vm-1", tables.Error(), sectors)
     record("table-error", dm.table_argv("vm-1"))
     record("status-error", dm.status_argv("vm-1"))
-    run(dm.create_argv("two", f"0 2048 linear {origin} 0", dm_uuid="IMG-two"))
-    run(dm.suspend_argv("two"))
-    run(["dmsetup", "reload", "two"], stdin=f"0 2048 linear {origin} 0\n2048 2048 linear {origin} 8192\n")
-    run(dm.resume_argv("two"))
+    do(dm.create_argv("two", f"0 2048 linear {origin} 0", dm_uuid="IMG-two"))
+    do(dm.suspend_argv("two"))
+    do(["dmsetup", "reload", "two"], stdin=f"0 2048 linear {origin} 0\n2048 2048 linear {origin} 8192\n")
+    do(dm.resume_argv("two"))
     record("table-two", dm.table_argv("two"))
     record("status-two", dm.status_argv("two"))
-    run(["dmsetup", "create", *dm.NO_UDEV, "bare", "--notable"])
+    do(["dmsetup", "create", *dm.NO_UDEV, "bare", "--notable"])
     record("table-bare", dm.table_argv("bare"))
     record("status-bare", dm.status_argv("bare"))
     record("info-bare", dm.info_argv("bare"))
     record("resume-bare", dm.resume_argv("bare"))
-    run(["dmsetup", "create", *dm.NO_UDEV, "bare2", "--readonly", "--uuid", "a b", "--table", f"0 8 linear {origin} 0"])
-    run(["dmsetup", "create", *dm.NO_UDEV, "a b", "--table", "0 8 zero"])
+    do(["dmsetup", "create", *dm.NO_UDEV, "bare2", "--readonly", "--uuid", "a b", "--table", f"0 8 linear {origin} 0"])
+    do(["dmsetup", "create", *dm.NO_UDEV, "a b", "--table", "0 8 zero"])
     record("info-all", dm.info_argv())
     record("table-zero", ["dmsetup", "table", "a b"])
     record("message-refused", dm.message_argv("vm-1", "hello"))
     for name in ("vm-1", "two", "bare", "bare2", "a b"):
-        run(["dmsetup", "remove", "--retry", *dm.NO_UDEV, name])
+        do(["dmsetup", "remove", "--retry", *dm.NO_UDEV, name])
     dm_device("vm-1", tables.Linear(origin), sectors)
     record("remove", dm.remove_argv("vm-1"))
 
@@ -418,22 +440,22 @@ def record_dm_snapshots(record: Recorder, sectors: int, origin: str, cow: str, s
     fill(node, 0, 2 * MIB)
     record("status-snapshot", dm.status_argv("vm-1"))
     record("ls", dm.ls_argv("snapshot"))
-    run(dm.suspend_argv("vm-1"))
+    do(dm.suspend_argv("vm-1"))
     record("status-snapshot-suspended", dm.status_argv("vm-1"))
-    run(dm.reload_argv("vm-1", tables.one(sectors, tables.SnapshotMerge(origin, cow, 16))))
+    do(dm.reload_argv("vm-1", tables.one(sectors, tables.SnapshotMerge(origin, cow, 16))))
     record("table-merge-inactive", dm.table_argv("vm-1", inactive=True))
-    run(dm.resume_argv("vm-1"))
+    do(dm.resume_argv("vm-1"))
     record("status-merge", dm.status_argv("vm-1"))
     record("table-merge", dm.table_argv("vm-1"))
     record.keep("status-merged", merged("vm-1"))
     record("ls-other", dm.ls_argv("snapshot"))
     switch("vm-1", tables.Linear(origin), sectors)
     record("status-after-merge", dm.status_argv("vm-1"))
-    run(dm.remove_argv("vm-1"))
+    do(dm.remove_argv("vm-1"))
     dm_device("base", tables.SnapshotOrigin(origin), sectors)
     record("table-origin", dm.table_argv("base"))
     record("status-origin", dm.status_argv("base"))
-    run(dm.remove_argv("base"))
+    do(dm.remove_argv("base"))
 
     with open(small, "r+b") as out:
         out.write(bytes(MIB))
@@ -441,12 +463,12 @@ def record_dm_snapshots(record: Recorder, sectors: int, origin: str, cow: str, s
     overfill(node)
     record("status-invalid", dm.status_argv("vm-1"))
     record("table-invalid", dm.table_argv("vm-1"))
-    run(dm.remove_argv("vm-1"))
+    do(dm.remove_argv("vm-1"))
     dm_device("vm-1", tables.Snapshot(origin, small, 16), sectors)
     record("status-invalid-reloaded", dm.status_argv("vm-1"))
     switch("vm-1", tables.SnapshotMerge(origin, small, 16), sectors)
     record("status-merge-of-invalid", dm.status_argv("vm-1"))
-    run(dm.remove_argv("vm-1"))
+    do(dm.remove_argv("vm-1"))
 
     with open(small, "r+b") as out:
         out.write(bytes(MIB))
@@ -454,10 +476,10 @@ def record_dm_snapshots(record: Recorder, sectors: int, origin: str, cow: str, s
     record("table-overflow-mode", dm.table_argv("vm-1"))
     overfill(node)
     record("status-overflow", dm.status_argv("vm-1"))
-    run(dm.remove_argv("vm-1"))
+    do(dm.remove_argv("vm-1"))
     dm_device("vm-1", tables.Snapshot(origin, small, 16, tables.Mode.PERSISTENT_OVERFLOW), sectors)
     record("status-overflow-reloaded", dm.status_argv("vm-1"))
-    run(dm.remove_argv("vm-1"))
+    do(dm.remove_argv("vm-1"))
 
     with open(cow, "r+b") as out:
         out.write(bytes(MIB))
@@ -465,16 +487,16 @@ def record_dm_snapshots(record: Recorder, sectors: int, origin: str, cow: str, s
     dm_device(store, tables.Linear(cow), sectors)
     dm_device("vm-1", tables.Snapshot(origin, f"/dev/mapper/{store}", 16), sectors)
     fill(node, 0, 4 * MIB)
-    run(dm.suspend_argv("vm-1"))
-    run(dm.reload_argv("vm-1", tables.one(sectors, tables.SnapshotMerge(origin, f"/dev/mapper/{store}", 16))))
+    do(dm.suspend_argv("vm-1"))
+    do(dm.reload_argv("vm-1", tables.one(sectors, tables.SnapshotMerge(origin, f"/dev/mapper/{store}", 16))))
     switch_to_broken = f"0 2048 linear {cow} 0\n2048 {sectors - 2048} error\n"
-    run(dm.suspend_argv(store))
-    run(["dmsetup", "reload", store], stdin=switch_to_broken)
-    run(dm.resume_argv(store))
-    run(dm.resume_argv("vm-1"))
+    do(dm.suspend_argv(store))
+    do(["dmsetup", "reload", store], stdin=switch_to_broken)
+    do(dm.resume_argv(store))
+    do(dm.resume_argv("vm-1"))
     record.keep("status-merge-failed", merged("vm-1", wanted="failed"))
-    run(dm.remove_argv("vm-1"))
-    run(dm.remove_argv(store))
+    do(dm.remove_argv("vm-1"))
+    do(dm.remove_argv(store))
 
 
 def overfill(node: Path) -> None:
@@ -496,25 +518,30 @@ def record_zpool(record: Recorder, work: Path) -> None:
     for name in ("a", "b"):
         with open(work / name, "wb") as out:
             out.truncate(128 * MIB)
-    run(["zpool", "create", "pair", "mirror", str(work / "a"), str(work / "b")])
-    run(["zpool", "offline", "pair", str(work / "b")])
+    do(["zpool", "create", "pair", "mirror", str(work / "a"), str(work / "b")])
+    do(["zpool", "offline", "pair", str(work / "b")])
+    datasets.create_filesystem("pair/written", {})
     record("status-degraded", zpool.status_argv("pair"))
     record("list-degraded", zpool.list_argv())
-    run(["zpool", "online", "pair", str(work / "b")])
-    run(["zpool", "wait", "-t", "resilver", "pair"])
+    do(["zpool", "online", "pair", str(work / "b")])
+    until = time.monotonic() + DEADLINE_S
+    while not zpool.status("pair").scan.startswith("resilvered") and time.monotonic() < until:
+        time.sleep(0.1)
     record("status-resilvered", zpool.status_argv("pair"))
-    run(["zpool", "destroy", "pair"])
-    backing = make("tank/below", 128 * MIB)
-    sectors = 128 * MIB // 512
-    dm_device("weak", tables.Linear(str(backing)), sectors)
-    run(["zpool", "create", "-f", "-o", "failmode=wait", "weak", "/dev/mapper/weak"])
+    do(["zpool", "destroy", "pair"])
+    sectors = SPARE_BYTES // 512
+    dm_device("weak", tables.Linear("/dev/disk/by-id/virtio-spare"), sectors)
+    do(["zpool", "create", "-f", "-o", "failmode=wait", "weak", "/dev/mapper/weak"])
     switch("weak", tables.Error(), sectors)
-    subprocess.Popen([which("zfs"), "create", "weak/x"], start_new_session=True)
+    argv = datasets.create_filesystem_argv("weak/x", {})
+    waiting = subprocess.Popen([which("zfs"), *argv[1:]], stderr=subprocess.PIPE, start_new_session=True)
     until = time.monotonic() + DEADLINE_S
     while zpool.pool("weak").health.serves and time.monotonic() < until:
         time.sleep(0.2)
     record("list-suspended", zpool.list_argv())
     record("status-suspended", zpool.status_argv("weak"))
+    _, stderr = waiting.communicate(timeout=DEADLINE_S)
+    record.keep("create-suspended", Result(tuple(argv), waiting.returncode, "", stderr.decode()))
 
 
 def in_guest(into: Path) -> None:
@@ -524,12 +551,33 @@ def in_guest(into: Path) -> None:
         folder = Path(work)
         record = Recorder("zpool", version(["zfs", "version"]), folder, into=into)
         record("list-none", zpool.list_argv())
-        run(["zpool", "create", "-f", "tank", "/dev/disk/by-id/virtio-tank"])
+        do(["zpool", "create", "-f", "tank", "/dev/disk/by-id/virtio-tank"])
         record_zfs(folder, into)
         record_blockdev(folder, into)
         record_dmsetup(folder, into)
         record_zpool(record, folder)
 
 
+def main() -> None:
+    """Record everything in a guest of the lab."""
+    from tests.lab.lab import Lab
+    from tests.lab.machine import GIB, Machine
+
+    machine = Machine("nas-0-0", disks={"tank": 4 * GIB, "spare": SPARE_BYTES})
+    with tempfile.TemporaryDirectory(prefix="rec-") as folder, Lab(Path(folder), hosts=(machine,)) as lab:
+        guest = lab["nas-0-0"]
+        argv = ["python3", "-m", "tests.recordings.record_kernel", "/root/recordings"]
+        guest.run(argv, cwd="/opt/imgstorage", timeout_s=RECORDING_S)  # a minute where nothing else runs
+        guest.run(["tar", "-C", "/root/recordings", "-cf", "/root/recordings.tar", "."])
+        packed = Path(folder) / "recordings.tar"
+        packed.write_bytes(guest.get("/root/recordings.tar"))
+        for name in guest.run(["ls", "/root/recordings"]).stdout.split():
+            shutil.rmtree(HERE / name, ignore_errors=True)
+        run(["tar", "-C", str(HERE), "--no-same-owner", "-xf", str(packed)])
+
+
 if __name__ == "__main__":
-    in_guest(Path(sys.argv[1]))
+    if len(sys.argv) > 1:
+        in_guest(Path(sys.argv[1]))
+    else:
+        main()

@@ -27,7 +27,7 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """No configuration, no sandbox."""
     monkeypatch.delenv("IMGSTORAGE_CLIENT", raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setattr("imgstorage.config.CONFIG_DIR", tmp_path / "etc")
+    monkeypatch.setattr("imgstorage.config.client.CONFIG_DIR", tmp_path / "etc")
     return tmp_path
 
 

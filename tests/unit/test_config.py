@@ -9,6 +9,9 @@ import pytest
 
 from imgstorage.config import load_client, load_container, load_frontend, load_nas
 from imgstorage.core.errors import ImgStorageError
+from imgstorage.daemons import nas
+from imgstorage.planes.kernel.nas import KernelNas
+from imgstorage.planes.userspace.nas import UserspaceNas
 
 Fields = dict[str, dict[str, str]]
 LOADERS: dict[str, Callable[[Path], object]] = {
@@ -54,9 +57,9 @@ def test_a_good_file_is_read(kind: str, good: dict[str, Fields], tmp_path: Path)
 
 
 def test_defaults_and_values(good: dict[str, Fields], tmp_path: Path) -> None:
-    nas = load_nas(write(tmp_path / "nas.conf", good["nas"]))
-    assert (nas.address, nas.port, nas.import_dirs, nas.trash_s) == ("127.0.0.1", 3260, (), 86400.0)
-    assert {str(name): str(path) for name, path in nas.pools.items()} == {"tank": "/tank", "tank/vms": "/vms"}
+    files = load_nas(write(tmp_path / "nas.conf", good["nas"]))
+    assert (files.address, files.port, files.import_dirs, files.trash_s) == ("127.0.0.1", 3260, (), 86400.0)
+    assert {str(name): str(path) for name, path in files.pools.items()} == {"tank": "/tank", "tank/vms": "/vms"}
     kernel = load_nas(write(tmp_path / "kernel.conf", good["kernel nas"]))
     assert (kernel.zpools, kernel.port, kernel.transfer_port) == (("tank", "dozer/img"), 3260, 3261)
     assert (kernel.plane, kernel.know_by, dict(kernel.pools)) == ("kernel", "auto", {})
@@ -167,3 +170,10 @@ def test_a_file_that_is_not_there_and_a_password_others_can_read(good: dict[str,
 def test_a_percent_sign_means_itself(good: dict[str, Fields], tmp_path: Path) -> None:
     good["nas"]["nas"]["pool.tank"] = "/ta%nk"
     assert str(load_nas(write(tmp_path / "x.conf", good["nas"])).pools["tank"]) == "/ta%nk"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("kind", "plane"), [("nas", UserspaceNas), ("kernel nas", KernelNas)])
+def test_a_nas_has_the_plane_that_is_configured(
+    kind: str, plane: type, good: dict[str, Fields], tmp_path: Path
+) -> None:
+    assert type(nas.plane(load_nas(write(tmp_path / "nas.conf", good[kind])))) is plane

@@ -108,11 +108,6 @@ class KernelNas:
         """The target daemon's process id; None if it does not run."""
         return self._targets.pid
 
-    @property
-    def transfer_pid(self) -> int | None:
-        """The ssh server's process id; None if it does not run."""
-        return self._transfers.pid
-
     def pools(self) -> Sequence[Pool]:
         """As :meth:`NasPlane.pools`."""
         return self._pools.pools()

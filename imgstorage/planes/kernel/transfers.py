@@ -107,11 +107,6 @@ class Transfers:
             for permit in list(self.permits()):
                 self._end(permit)
 
-    @property
-    def pid(self) -> int | None:
-        """The server's process id; None if it does not run."""
-        return self._sshd.pid()
-
     # -- rights ----------------------------------------------------------------------------------------------
 
     def permits(self) -> Iterator[Permit]:
@@ -185,7 +180,7 @@ class Transfers:
         until = time.monotonic() + END_TIMEOUT_S
         while path.exists() and _is_locked(path):
             text = path.read_text()
-            if text.isdigit():
+            if text.isdigit() and _has_open(int(text), path):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(text), signal.SIGKILL)
             if time.monotonic() > until:
@@ -199,3 +194,11 @@ def _is_locked(path: Path) -> bool:
             return False
     except ImgStorageError:
         return True
+
+
+def _has_open(pid: int, path: Path) -> bool:
+    """Whether a process has a file open: the number in a lock may be an earlier user's, and another process by now."""
+    try:
+        return any(os.readlink(entry) == str(path.resolve()) for entry in os.scandir(f"/proc/{pid}/fd"))
+    except OSError:
+        return False

@@ -4,7 +4,8 @@ Exit status: 1 for whatever failed; the reason is on stderr, that of the kernel 
 
 What it does that is not obvious
 * ``reload`` reads the metadata of a COW device at once: suspend before it, never after.
-* ``suspend`` waits for what is under way. On a dead iSCSI session that is for ever: it has a deadline.
+* ``suspend`` waits for what is under way, with ``--noflush`` too. On a dead iSCSI session that is for ever: it has a
+  deadline. One that was killed leaves the device as it was, and I/O goes on (Linux 6.1).
 * ``resume`` makes the table live that was loaded last; without one it only resumes. Some of what is wrong with a
   table (a device that is too small) only it finds: it fails then, that table is gone, and the device is still
   suspended with the old one until it is resumed again.
@@ -91,7 +92,7 @@ def clear(device: str) -> None:
 
 
 def suspend(device: str, *, flush: bool = True, lockfs: bool = True, timeout_s: float = SUSPEND_TIMEOUT_S) -> None:
-    """Hold I/O back. Raises ``not_found``; ``tool_failed`` after the deadline: look whether it is suspended."""
+    """Hold I/O back. Raises ``not_found``; ``tool_failed`` after the deadline, when it is not suspended."""
     _run(commands.suspend_argv(device, flush=flush, lockfs=lockfs), timeout_s=timeout_s)
 
 
@@ -134,11 +135,6 @@ def table(device: str, *, inactive: bool = False) -> list[Segment]:
 def status(device: str) -> list[Status]:
     """How a device's live table is doing. Raises ``not_found``, ``tool_output``."""
     return parse_status(_run(commands.status_argv(device)))
-
-
-def rename(device: str, new: str) -> None:
-    """Give a device another name, also while it is open. Raises ``not_found``, ``exists``."""
-    _run(commands.rename_argv(device, new))
 
 
 def with_target(target: str) -> list[str]:

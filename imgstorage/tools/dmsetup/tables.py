@@ -148,13 +148,25 @@ class Status:
         return self.target == SnapshotMerge.target and done
 
 
+def _devices(target: Target) -> tuple[str, ...]:
+    match target:
+        case Linear():
+            return (target.device,)
+        case Snapshot():
+            return (target.origin, target.cow)
+        case SnapshotOrigin():
+            return (target.origin,)
+        case Error():
+            return ()
+
+
 def one(length_sectors: int, target: Target) -> str:
     """The table of a device with one segment. Raises ``bad_name``, ``bad_size``."""
     if length_sectors <= 0:
         raise ImgStorageError("bad_size", f"a device cannot have {length_sectors} sectors")
-    for word in target.arguments().split():
-        if word.startswith("/") and not _DEVICE.fullmatch(word):
-            raise ImgStorageError("bad_name", f"{word!r} is not the path of a device")
+    for device in _devices(target):
+        if not _DEVICE.fullmatch(device):
+            raise ImgStorageError("bad_name", f"{device!r} is neither the path of a device nor its number")
     return Segment(0, length_sectors, target).line()
 
 

@@ -91,8 +91,9 @@ def create_filesystem(dataset: str, properties: Mapping[str, str]) -> None:
 def set_properties(dataset: str, properties: Mapping[str, str]) -> None:
     """Set properties of a dataset or a snapshot in one command.
 
-    User properties and flags change together or not at all; sizes and reservations (volsize, refreservation) each
-    in a step of their own. Raises MISSING, NO_SPACE, OTHER.
+    User properties and flags change together or not at all, a value that is not valid changes nothing; but sizes and
+    reservations (volsize, refreservation) each change in a step of their own, and what was asked with one that is
+    refused may have changed. Raises MISSING, NO_SPACE, OTHER.
     """
     zfs(set_argv(dataset, properties))
 
@@ -118,5 +119,5 @@ def promote(name: str) -> None:
 
 
 def destroy(dataset: str, *, recursive: bool = False) -> None:
-    """Destroy a dataset. Raises MISSING, BUSY (open, or a snapshot in it is held), CHILDREN, CLONES, ``bad_name``."""
+    """Destroy a dataset. Raises MISSING, BUSY (open, or being received), HELD, CHILDREN, CLONES, ``bad_name``."""
     zfs(destroy_argv(dataset, recursive=recursive), timeout_s=DESTROY_TIMEOUT_S)

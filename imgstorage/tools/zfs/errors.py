@@ -24,6 +24,7 @@ class Reason(str, Enum):
     MISSING = "missing"
     EXISTS = "exists"
     BUSY = "busy"
+    HELD = "held"
     CHILDREN = "children"
     CLONES = "clones"
     MISMATCH = "mismatch"
@@ -33,6 +34,7 @@ class Reason(str, Enum):
     NOT_RESUMABLE = "not resumable"
     CUT = "cut"
     DENIED = "denied"
+    SUSPENDED = "suspended"
     OTHER = "other"
 
 
@@ -40,6 +42,7 @@ CODES = {
     Reason.MISSING: "not_found",
     Reason.EXISTS: "exists",
     Reason.BUSY: "in_use",
+    Reason.HELD: "in_use",
     Reason.CHILDREN: "conflict",
     Reason.CLONES: "conflict",
     Reason.MISMATCH: "diverged",
@@ -49,6 +52,7 @@ CODES = {
     Reason.NOT_RESUMABLE: "conflict",
     Reason.CUT: "tool_failed",
     Reason.DENIED: "not_allowed",
+    Reason.SUSPENDED: "tool_failed",
     Reason.OTHER: "tool_failed",
 }
 
@@ -57,6 +61,7 @@ _PATTERNS = tuple(
     for pattern, reason in (
         (r": most recent snapshot of \S+ does not match incremental source$", Reason.MISMATCH),
         (r": not an earlier snapshot from the same fs$", Reason.MISMATCH),
+        (r"cannot send '\S+': Invalid cross-device link$", Reason.MISMATCH),  # the base is of another dataset
         (r": destination \S+ has been modified since most recent snapshot$", Reason.MODIFIED),
         (r': destination \S+ contains partially-complete state from "zfs receive -s"\.$', Reason.PARTIAL),
         (r"^cannot resume send: ", Reason.NOT_RESUMABLE),
@@ -64,6 +69,7 @@ _PATTERNS = tuple(
         (r"^cannot receive: failed to read from stream$", Reason.CUT),
         (r" has children$", Reason.CHILDREN),
         (r" has dependent clones$", Reason.CLONES),
+        (r"^cannot destroy snapshot \S+: dataset is busy$", Reason.HELD),  # by a hold, or by a send that reads it
         (r": dataset is busy$", Reason.BUSY),
         (r": dataset already exists$", Reason.EXISTS),
         (r": destination '\S+' exists$", Reason.EXISTS),
@@ -79,6 +85,7 @@ _PATTERNS = tuple(
         (r" space quota exceeded\.$", Reason.NO_SPACE),
         (r": size is greater than available space$", Reason.NO_SPACE),
         (r": permission denied$", Reason.DENIED),
+        (r": pool I/O is currently suspended$", Reason.SUSPENDED),
     )
 )
 _ADVICE = re.compile(r" (?:use '-[rR]' to destroy |must specify -F to |A resuming stream can be |usage: )")

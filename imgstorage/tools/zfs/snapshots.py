@@ -136,7 +136,7 @@ def snapshot(name: str, properties: Mapping[str, str] | None = None) -> None:
 
 
 def destroy_snapshot(name: str) -> None:
-    """Destroy a snapshot. Raises MISSING, BUSY (it is held, or being sent), CLONES."""
+    """Destroy a snapshot. Raises MISSING, HELD, CLONES."""
     zfs(destroy_snapshot_argv(name))
 
 
@@ -156,7 +156,7 @@ def release(tag: str, name: str) -> None:
 
 
 def holds(name: str) -> list[str]:
-    """The tags of a snapshot's holds. Raises MISSING, ``tool_output``."""
+    """The tags of a snapshot's holds, in no order. Raises MISSING, ``tool_output``."""
     return parse_holds(zfs(holds_argv(name)), name)
 
 

@@ -1,13 +1,9 @@
-"""What only a NAS of files has to stand: links in its pools, and deltas that another host has written.
-
-These test the userspace plane whatever the environment says.
-"""
+"""What only a NAS of files has to stand: links in its pools, and deltas that another host has written."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,22 +12,13 @@ import pytest
 from imgstorage.core.names import PoolName
 from imgstorage.core.ports import Grant
 from tests.contract.nas_lab import SECOND, SECRET, SIZE
-from tests.contract.nas_userspace import UserspaceLab, surroundings
+from tests.contract.nas_userspace import UserspaceLab
 from tests.contract.test_nas_plane import refused
 from tests.contract.test_nas_returns import BACK, WRITES
 from tests.mirror import make_overlay, qemu_io
 
 pytestmark = pytest.mark.real
 MIB = 1 << 20
-
-
-@pytest.fixture
-def lab(tmp_path: Path, import_dir: Path) -> Iterator[UserspaceLab]:
-    """A started userspace plane."""
-    with surroundings(tmp_path, import_dir) as made:
-        made.plane.start()
-        yield made
-        made.plane.stop()
 
 
 @pytest.fixture
