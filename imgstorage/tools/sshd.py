@@ -65,7 +65,7 @@ def config_text(folder: Path, address: str, port: int, user: str) -> str:
         "PrintLastLog": "no",
         "MaxSessions": "1",
         "MaxStartups": str(MAX_UNAUTHENTICATED),
-        "LoginGraceTime": "20",
+        "LoginGraceTime": "120",
         "ClientAliveInterval": "5",
         "ClientAliveCountMax": "6",
         "TCPKeepAlive": "yes",

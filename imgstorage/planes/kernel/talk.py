@@ -39,7 +39,7 @@ from imgstorage.core.mapping import Generation
 
 VERSION = 1
 MAX_LINE = 64 << 10
-TIMEOUT_S = 60.0
+TIMEOUT_S = 300.0
 """How long each end waits for the other's line: ZFS may be asked things before it is written."""
 
 REFUSED = 40
