@@ -62,15 +62,16 @@ def find(folder: Path) -> Kept | None:
 def up(folder: Path, hosts: list[str]) -> Kept:
     """Build what is missing, boot the hosts and leave them running.
 
-    Raises ``exists`` if a lab is kept there, ``exists`` if the folder holds something else, and as :class:`Lab`.
+    Raises ``exists`` if a lab is kept there or the folder holds something else, and as :class:`Lab`.
     """
     folder = folder.absolute()
+    for name in Lab(folder, hosts).names:  # what is wrong with it is said before anything is built
+        check_socket_path(folder / name / "agent")
     build.artefact()
     if _keeper(folder) is not None:
         raise ImgStorageError("exists", f"a lab is running in {folder}", hint="end it with 'admin/lab down'")
     if folder.exists() and any(folder.iterdir()) and not (folder / LOCK).exists():
         raise ImgStorageError("exists", f"{folder} holds something that is no lab", hint="name another with dir=PATH")
-    check_socket_path(folder / max(hosts, key=len) / "agent")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with open(folder / LOG, "wb") as log:

@@ -23,6 +23,7 @@ from tests.lab.guest import Guest
 from tests.lab.machine import Machine, qemu_argv
 from tests.lab.network import Network, guest_address
 
+HOSTS_MAX = 90
 HOSTS = ("nas-0-0", "compute-0-0")
 
 
@@ -48,6 +49,9 @@ class Lab:
         self.network = Network()
         machines = [Machine(host) if isinstance(host, str) else host for host in hosts]
         self.names = [machine.name for machine in machines]
+        if not machines or len(set(self.names)) != len(machines) or len(machines) > HOSTS_MAX:
+            text = f"a lab has 1 to {HOSTS_MAX} hosts, each with a name of its own, not: {', '.join(self.names)}"
+            raise ImgStorageError("usage", text)
         self.addresses = {name: guest_address(index) for index, name in enumerate(self.names)}
         self._machines = machines
         self._guests: dict[str, Guest] = {}

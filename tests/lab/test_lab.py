@@ -21,6 +21,7 @@ from tests.lab.network import REGISTRY, processes
 
 RESTORE_S = 5.0
 CLOCK_S = 2.0
+COMMAND_S = 300.0
 MODULES = ("dm-snapshot", "iscsi_tcp", "target_core_mod", "target_core_iblock", "iscsi_target_mod")
 IQN = "iqn.2004-10.lab.imgstorage:lab-test"
 NAS_ADDRESS, CONTAINER_ADDRESS = "10.77.0.10", "10.77.0.11"
@@ -177,3 +178,34 @@ def test_a_lab_whose_owner_is_killed_ends_and_the_next_one_cleans_up(lab: Lab, t
     with Lab(tmp_path / "next", hosts=("nas-0-0",)):
         assert not Path("/run/netns", name).exists()
         assert not (REGISTRY / name).exists()
+
+
+@pytest.mark.hosts("nas-0-0")
+def test_a_test_gets_the_hosts_it_names(lab: Lab) -> None:
+    assert [guest.name for guest in lab] == ["nas-0-0"]
+    assert lab["nas-0-0"].run(["zpool", "list", "-H", "-o", "name"]).stdout.split() == ["tank"]
+
+
+@pytest.mark.hosts("nas-0-0")
+def test_the_command_keeps_a_lab_until_it_is_taken_down(lab: Lab, tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    named = f"dir={folder}"
+
+    def admin_lab(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        argv = [str(TOP / "admin/lab"), *words]
+        return subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=COMMAND_S, check=False)
+
+    assert admin_lab("status", named).returncode == 1
+    shown = admin_lab("up", "hosts=other-0-0", named)
+    assert shown.returncode == 0, shown.stderr
+    network = shown.stdout.split()[1].rstrip(",")
+    assert admin_lab("up", named).returncode == 3
+    asked = admin_lab("shell", named, "other-0-0", "sh", "-c", "hostname; cat; exit 7", stdin="said\n")
+    assert (asked.stdout, asked.returncode) == ("other-0-0\nsaid\n", 7)
+    assert admin_lab("shell", named, "other-0-0", stdin="hostname; exit 8\n").returncode == 8
+    assert admin_lab("shell", named, "nas-0-0", "true").returncode == 1
+    assert admin_lab("clean").returncode == 3
+    assert admin_lab("down", named).returncode == 0
+    assert not folder.exists()
+    assert not Path("/run/netns", network).exists()
+    assert admin_lab("up", "hosts=BAD!", named).returncode == 2
