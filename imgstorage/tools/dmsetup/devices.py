@@ -92,7 +92,7 @@ def clear(device: str) -> None:
 
 
 def suspend(device: str, *, flush: bool = True, lockfs: bool = True, timeout_s: float = SUSPEND_TIMEOUT_S) -> None:
-    """Hold I/O back. Raises ``not_found``; ``tool_failed`` after the deadline, when it is not suspended."""
+    """Hold I/O back. Raises ``not_found``; ``tool_failed`` after the deadline: look whether it is suspended."""
     _run(commands.suspend_argv(device, flush=flush, lockfs=lockfs), timeout_s=timeout_s)
 
 
@@ -135,6 +135,11 @@ def table(device: str, *, inactive: bool = False) -> list[Segment]:
 def status(device: str) -> list[Status]:
     """How a device's live table is doing. Raises ``not_found``, ``tool_output``."""
     return parse_status(_run(commands.status_argv(device)))
+
+
+def rename(device: str, new: str) -> None:
+    """Give a device another name, also while it is open. Raises ``not_found``, ``exists``."""
+    _run(commands.rename_argv(device, new))
 
 
 def with_target(target: str) -> list[str]:
