@@ -225,14 +225,16 @@ def writable(device: Path, *, deadline_s: float) -> Iterator[None]:
 
 
 def zvol_of(device: Path) -> str | None:
-    """The dataset of a zvol's device, asked of the kernel without starting a command; None if it is none, or gone."""
+    """The dataset of a zvol's device, asked of the kernel without starting a command; None if it is none, or gone.
+
+    After a rename the rest of a longer name from before stands behind the end of this one (ZFS 2.1.11).
+    """
     try:
         fd = os.open(device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        name = fcntl.ioctl(fd, BLKZNAME, bytes(ZNAME_BYTES))
-        return name.partition(b"\0")[0].decode()  # behind it is what is left of an earlier, longer name
+        return fcntl.ioctl(fd, BLKZNAME, bytes(ZNAME_BYTES)).partition(b"\0")[0].decode()
     except (OSError, UnicodeDecodeError):
         return None
     finally:

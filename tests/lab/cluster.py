@@ -120,6 +120,8 @@ class Cluster:
         for guest in self.containers():
             guest.put("/etc/rc.local", RC_LOCAL.encode(), 0o755)
             guest.run(["iscsid"])
+        for guest in self.lab:
+            guest.run(["sync"])  # a power cut is to find a host that was set up long ago
 
     def begin(self, **settings: object) -> None:
         """Start frontend and daemons, which know nothing yet, and wait until all of them answer.
@@ -133,6 +135,7 @@ class Cluster:
             writer.begin_log(guest)
             if settings:
                 self.configure(guest.name, **settings)
+                guest.run(["sync"])
         shutil.rmtree(self._folder / "frontend", ignore_errors=True)
         (self._folder / "frontend").mkdir()
         self.start_frontend()

@@ -15,7 +15,7 @@ PICTURE = f"""\
 tail -n 40 /var/log/imgstorage.log
 zfs list -Ht all -o name,volsize,written,refreservation,readonly,receive_resume_token
 dmsetup table; dmsetup status; dmsetup info -c
-[ -e {STATE}/ctl ] && TGT_IPC_SOCKET={STATE}/ctl tgtadm --op show --mode target
+[ -e {STATE}/ctl.0 ] && TGT_IPC_SOCKET={STATE}/ctl tgtadm --op show --mode target
 [ -d /etc/iscsi/nodes ] && iscsiadm -m session; iscsiadm -m node
 grep -hE '"(phase|whole|overlay|leftovers|to_nas|attempt|final)"' {STATE}/volumes/*.json; dmesg | tail -n 5
 """

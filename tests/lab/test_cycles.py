@@ -64,7 +64,8 @@ def test_an_unmap_in_the_middle_of_the_copy_folds_what_was_written_into_the_volu
 def test_a_map_for_which_the_container_has_no_room_is_refused_and_changes_nothing(cluster: Cluster) -> None:
     volume = cluster.imported()
     free = int(cluster.container.run(["zfs", "get", "-Hpo", "value", "available", "tank"]).stdout)
-    cluster.container.run(["zfs", "create", "-V", str((free // MIB - 40) * MIB), "tank/full"])
+    taken = ["-o", f"reservation={free - 40 * MIB}", "-o", "mountpoint=none"]
+    cluster.container.run(["zfs", "create", *taken, "tank/full"])
     before = seen.zfs(cluster.nas, "written", "readonly"), seen.zfs(cluster.container)
     refused = cluster.imgstorage(f"add host storagemap {NAS} tank {volume} {CONTAINER} 32M img_sync=yes")
     assert refused.exit_status != 0

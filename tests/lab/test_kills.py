@@ -34,7 +34,7 @@ ON_THE_NAS = (
     Strike("tgtadm", "bind", "after"),
     Strike("tgtadm", "delete", "before"),
     Strike("zfs", "readonly=on", "after"),
-    Strike("zfs", "snapshot", "after", nth=2),
+    Strike("tgtadm", "delete", "after"),
 )
 CI = {str(SWITCHES[1]), str(SWITCHES[9]), str(WRITE_BACK[1]), str(ON_THE_NAS[1])}
 
@@ -100,8 +100,9 @@ def test_both_daemons_are_killed_in_the_middle_of_both_copies(cluster: Cluster) 
     cluster.finish(volume)
 
 
+@pytest.mark.container(copy_speed="128K")
 def test_the_container_daemon_is_killed_in_the_middle_of_a_fold(cluster: Cluster) -> None:
-    volume = cluster.imported(data_mib=16)
+    volume = cluster.imported()
     with struck(cluster, CONTAINER, Strike("dmsetup", "create", "after", nth=2)):  # the second is the fold's
         device = cluster.map(volume, "img_sync=yes")
         cluster.write_some(volume, device, 180)

@@ -92,7 +92,7 @@ def clear(device: str) -> None:
 
 
 def suspend(device: str, *, flush: bool = True, lockfs: bool = True, timeout_s: float = SUSPEND_TIMEOUT_S) -> None:
-    """Hold I/O back. Raises ``not_found``; ``tool_failed`` after the deadline, when it is not suspended."""
+    """Hold I/O back. Raises ``not_found``; ``tool_failed`` after the deadline: look whether it is suspended."""
     _run(commands.suspend_argv(device, flush=flush, lockfs=lockfs), timeout_s=timeout_s)
 
 
