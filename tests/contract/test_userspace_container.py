@@ -144,10 +144,10 @@ def test_a_pool_that_something_else_fills_at_once_fails_no_write(world: World, p
         assert world.container.tend() == []
         filler = fill(pool)
         writer.more(60)  # before anybody looks
-        assert "vol1 wait" in " ".join(world.container.tend())
+        wait_for(lambda: "vol1 wait" in " ".join(world.container.tend()), "writes are held back")
         assert "tank" in world.device().note
         filler.unlink()
-        assert "again" in " ".join(world.container.tend())
+        wait_for(lambda: "again" in " ".join(world.container.tend()), "writes go on")
         assert world.device().note == ""
         writer.more(20)
     assert writer.failures == 0
