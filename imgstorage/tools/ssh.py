@@ -178,6 +178,14 @@ def _any(texts: Sequence[str], lines: Sequence[str]) -> bool:
 # -- verbs --------------------------------------------------------------------------------------------------
 
 
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def ensure_key(path: Path, comment: str) -> str:
     """Make a key pair unless it is there; returns its public key as one line. Safe to repeat and to interrupt.
 
@@ -190,7 +198,9 @@ def ensure_key(path: Path, comment: str) -> str:
         run(keygen_argv(fresh, comment))
         fresh.with_name(f"{fresh.name}.pub").unlink()
         os.chmod(fresh, 0o600)
+        _sync(fresh)  # else a power cut leaves an empty file under the right name (ext4)
         os.replace(fresh, path)
+        _sync(path.parent)
     os.chmod(path, 0o600)
     result = run(public_key_argv(path), check=False)
     if result.exit_status != 0:
