@@ -24,6 +24,7 @@ from tests.lab.build import MARK
 from tests.lab.cluster import Cluster
 from tests.lab.lab import HOSTS, Lab
 
+HERE = Path(__file__).parent
 BASE, WITH_CLUSTER = "base", "cluster"
 ROTATED = 4
 """How many of the scenarios that are not marked are chosen for a run."""
@@ -42,15 +43,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ci: a scenario of the lab that is run each time")
 
 
+def _is_scenario(item: pytest.Item) -> bool:
+    # A run of all tests calls the hooks here for every folder's, of which others have a ``cluster`` too.
+    return item.path.is_relative_to(HERE) and "cluster" in getattr(item, "fixturenames", ())
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Choose scenarios, unless tests were named one by one."""
     named = any("::" in word for word in config.args)
     if config.getoption("--all", False) or config.getoption("keyword") or named:
         return
-    others = [
-        item for item in items if "cluster" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("ci")
-    ]
+    others = [item for item in items if _is_scenario(item) and not item.get_closest_marker("ci")]
     seed = config.getoption("--lab-seed", None)
     seed = secrets.randbelow(10**6) if seed is None else seed
     chosen = random.Random(seed).sample(others, min(ROTATED, len(others)))
@@ -75,7 +79,7 @@ def pytest_runtest_makereport(
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.skipped and not hasattr(report, "wasxfail"):
+    if MARK in os.environ and report.skipped and not hasattr(report, "wasxfail"):
         _skipped.append(report.nodeid)
 
 
