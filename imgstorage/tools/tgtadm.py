@@ -13,12 +13,16 @@ What it does that is not obvious
 * A LUN's serial keeps its first 36 characters. Sizes are printed rounded: ask the file instead.
 * The access list is "any of": an initiator-address entry lets in every initiator on that address.
 * Secrets can be given on the command line only. They are masked in logs.
+* A peer that connects to the control socket and goes without a request is never let go: tgtd keeps the connection and
+  spins on it. Nobody may look whether it listens by connecting; :meth:`Tgt.pid` asks the kernel for the lock it holds.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +51,7 @@ MAX_SOCKET_PATH = 105
 """A unix socket's path has 107 bytes (unix(7)); tgtd adds ``.0``."""
 
 TIMEOUT_S = 20.0
+FLOCK = "hhqqi0q"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -324,6 +329,20 @@ class Tgt:
     def _raw(self, argv: Sequence[str], *, secrets: Sequence[str] = ()) -> Result:
         env = {"TGT_IPC_SOCKET": str(self.socket)}
         return run(argv, timeout_s=TIMEOUT_S, env=env, check=False, secrets=secrets)
+
+    def pid(self) -> int | None:
+        """The daemon that has this control socket, which it need not listen on yet; None if there is none.
+
+        It holds a record lock on ``PATH.0.lock`` from before it makes the socket until it ends (F_GETLK of fcntl(2)).
+        """
+        try:
+            with open(f"{self.socket}.0.lock", "rb") as lock:
+                # struct flock: l_type and l_whence, then l_start, l_len, l_pid, each aligned
+                asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+                held, _, _, _, pid = struct.unpack(FLOCK, fcntl.fcntl(lock, fcntl.F_GETLK, asked))
+        except FileNotFoundError:
+            return None
+        return None if held == fcntl.F_UNLCK or pid <= 0 else int(pid)
 
     def answers(self) -> bool:
         """Whether the daemon is there and takes commands."""

@@ -1,9 +1,9 @@
 """The NAS's own iSCSI target daemon: one tgtd, and the targets in it.
 
 Rules
-* It outlives the daemon that started it. Who listens at the control socket is asked of the kernel
-  (SO_PEERCRED), so one whose starter died before writing anything down is adopted all the same; ``tgtd.json``
-  names it for the case that the socket's file is gone.
+* It outlives the daemon that started it. Who has the control socket is asked of the kernel (by the lock that tgtd
+  holds), so one whose starter died before writing anything down is adopted all the same; ``tgtd.json`` names it for
+  the case that the lock's file is gone. One that answers and has its portal is never ended.
 * tgtd goes on, and answers, when its portal's port is taken by another: it counts as up only if it has the
   portal. It knows nothing after a restart: whoever calls :meth:`Targets.ensure` makes the targets again.
 * A target is offered in this order: target, LUN, its parameters, account, and the access list last, so nobody
@@ -28,7 +28,6 @@ from pathlib import Path
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.planes.common import files
-from imgstorage.tools.qmp import listener_pid
 from imgstorage.tools.run import spawn, start_time, wait_gone
 from imgstorage.tools.tgtadm import Target, Tgt
 
@@ -97,6 +96,7 @@ class Targets:
 
     def __init__(self, folder: Path, address: str, port: int) -> None:
         self._folder = folder
+        self.address, self.port = address, port
         self._portal = portal_text(address, port)
         self._tgt = Tgt(folder / "ctl")
         self._socket = folder / "ctl.0"
@@ -130,15 +130,15 @@ class Targets:
             if process is not None and self._has_portal():
                 self._write_record(process)
                 return False
-            for old in {process, self._recorded()} - {None}:
-                self._kill(old)  # type: ignore[arg-type]
+            if process is not None:
+                self._kill(process)
             self._start()
             return True
 
     def stop(self) -> None:
         """Remove all targets, then end the daemon. No error if it does not run."""
         with self._locked():
-            process = self._running() or self._recorded()
+            process = self._running()
             if process is None:
                 return
             with contextlib.suppress(ImgStorageError):
@@ -157,12 +157,10 @@ class Targets:
         return process.pid if process else None
 
     def _running(self) -> _Process | None:
-        """Who listens at the control socket."""
-        pid = listener_pid(self._socket)
-        if pid is None:
-            return None
-        began = start_time(pid)
-        return None if began is None else _Process(pid, began)
+        """Who has the control socket; else, as far as one can know, who had it."""
+        pid = self._tgt.pid()
+        began = None if pid is None else start_time(pid)
+        return self._recorded() if pid is None or began is None else _Process(pid, began)
 
     def _recorded(self) -> _Process | None:
         """Whom the record names, if exactly that process still runs."""
