@@ -25,6 +25,7 @@ from imgstorage.tools.run import spawn, start_time, wait_gone
 PROGRAM = "qemu-storage-daemon"
 START_TIMEOUT_S = 10.0
 QUIT_TIMEOUT_S = 20.0
+ACCEPTS = 0x10000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +91,7 @@ def launch(monitor: Path, log_file: Path) -> Daemon:
     pid = spawn(daemon_argv(monitor), log_file=log_file)
     began = start_time(pid)
     until = time.monotonic() + START_TIMEOUT_S
-    while not monitor.exists():
+    while not _listens(monitor):
         if start_time(pid) is None:
             raise ImgStorageError("failed", f"{PROGRAM} ended at once: {_last_line(log_file)}")
         if time.monotonic() > until:
@@ -100,6 +101,16 @@ def launch(monitor: Path, log_file: Path) -> Daemon:
     if began is None:
         raise ImgStorageError("failed", f"{PROGRAM} ended at once: {_last_line(log_file)}")
     return Daemon(pid=pid, start_time=began, monitor=str(monitor))
+
+
+def _listens(path: Path) -> bool:
+    """Whether a unix socket takes connections (flag __SO_ACCEPTCON in /proc/net/unix, proc(5)).
+
+    The socket's file is there a little earlier, and a connection is for whoever has something to say.
+    """
+    ending = b" " + os.fsencode(path)
+    lines = Path("/proc/net/unix").read_bytes().split(b"\n")
+    return any(line.endswith(ending) and int(line.split()[3], 16) & ACCEPTS for line in lines)
 
 
 def _last_line(log_file: Path) -> str:

@@ -171,7 +171,7 @@ def test_4_one_operation_id_from_the_command_to_the_last_step_and_rubbish_harms_
     assert op in (cluster.folder / NAS / "log").read_text()
     with closing(sqlite3.connect(f"file:{cluster.folder / SLOW}/state/container.db?mode=ro", uri=True)) as db:
         events = [event for (event,) in db.execute("SELECT event FROM journal WHERE op = ?", (op,))]
-    assert events[:2] == ["attach_zvol", "sync_zvol"]
+    assert list(dict.fromkeys(events))[:2] == ["attach_zvol", "sync_zvol"]  # a step may be tried again
     broker = pika.BlockingConnection(parameters(cluster, "operator"))
     channel = broker.channel()
     channel.confirm_delivery()
