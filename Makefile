@@ -1,9 +1,9 @@
 # Shortcuts for contributors; each is one command of admin/ or of .venv.
 .DEFAULT_GOAL := help
-.PHONY: help install uninstall build demo run up down test tests all check lint unit lab format docs lock clean
+.PHONY: help install uninstall build demo run up down test tests all check lint unit lab bench-lab format docs lock clean
 
 help: ## show these targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo "also: build = install, run = demo, tests = all = test, lint = check"
 
 install: ## install what is missing: Debian packages (as root) and .venv
@@ -32,6 +32,9 @@ unit: ## the unit tests
 
 lab: ## the tests in virtual machines, with real ZFS, iSCSI and device-mapper (as root)
 	@admin/lab run
+
+bench-lab: ## measure the kernel plane in virtual machines (as root; WORDS="runs=3 json=FILE")
+	@admin/lab bench $(WORDS)
 
 format: install ## lay out the code and put right what can be
 	@.venv/bin/ruff check --fix --quiet . ; .venv/bin/ruff format .

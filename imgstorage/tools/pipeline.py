@@ -206,6 +206,7 @@ class Pipeline:
     # -- the thread that starts and waits
 
     def _live(self) -> None:
+        began = time.monotonic()
         try:
             self._start()
         except Exception as problem:
@@ -224,6 +225,13 @@ class Pipeline:
             tuple(Ended(argv, member.returncode, tail.decode(errors="replace")) for argv, member, tail in ended),
             self._tails[-1].decode(errors="replace"),
             self._count.bytes_done or 0,
+        )
+        log.debug(
+            "%s -> %s in %.0f ms, %d bytes",
+            " | ".join(" ".join(member.argv) for member in self._outcome.members),
+            " ".join(str(member.exit_status) for member in self._outcome.members),
+            1000 * (time.monotonic() - began),
+            self._outcome.bytes_done,
         )
         self._done.set()
 

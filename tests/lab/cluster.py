@@ -72,10 +72,11 @@ def until(what: str, condition: Callable[[], Any], deadline_s: float, pause_s: f
 class Cluster:
     """The daemons of one lab. ``folder`` is on this machine; ``environment`` is what processes here run with."""
 
-    def __init__(self, lab: Lab, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, lab: Lab, folder: Path, environment: Mapping[str, str], *, log_level: str = "info") -> None:
         self.lab = lab
         self._folder = folder
         self._environment = dict(environment)
+        self._log_level = log_level
         self._layout = broker.layout(folder, lab.names)
         self._others = ThreadPoolExecutor(max_workers=4)
         self._frontend = 0
@@ -195,7 +196,7 @@ class Cluster:
         """Write a host's configuration, with these settings added to its daemon's own section."""
         role = broker.role(host)
         user = party_of(Host(name=host, role=role)).user
-        lines = ["[daemon]", f"host = {host}", "state_dir = /var/lib/imgstorage", "",
+        lines = ["[daemon]", f"host = {host}", "state_dir = /var/lib/imgstorage", f"log_level = {self._log_level}",
                  self._broker_section(user, Path("/etc/imgstorage/broker.password")), f"[{role}]",
                  "plane = kernel", "zpools = tank"]  # fmt: skip
         if role == "nas":
@@ -206,8 +207,9 @@ class Cluster:
 
     def _write_frontend(self) -> None:
         containers = " ".join(guest.name for guest in self.containers())
-        lines = ["[daemon]", "host = frontend", f"state_dir = {self._folder / 'frontend'}", "",
-                 self._broker_section("frontend", self._secret("frontend")), "[frontend]", f"nas_hosts = {NAS}",
+        lines = ["[daemon]", "host = frontend", f"state_dir = {self._folder / 'frontend'}",
+                 f"log_level = {self._log_level}", self._broker_section("frontend", self._secret("frontend")),
+                 "[frontend]", f"nas_hosts = {NAS}",
                  f"container_hosts = {containers}", "img_sync = yes"]  # fmt: skip
         write_private(self._folder / "frontend.conf", "\n".join(lines) + "\n")
 

@@ -101,6 +101,13 @@ def down(words: list[str]) -> int:
     return EXIT_OK
 
 
+def bench(words: list[str]) -> int:
+    from tests.lab.bench import command
+
+    build.artefact()
+    return command.bench(words)
+
+
 def clean(words: list[str]) -> int:
     Arguments(words, ()).no_more()
     remove_leftovers()
@@ -112,7 +119,7 @@ def clean(words: list[str]) -> int:
     return EXIT_OK
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {f.__name__: f for f in (up, run, shell, status, down, clean)}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {f.__name__: f for f in (up, run, bench, shell, status, down, clean)}
 
 
 def _kept(folder: Path) -> kept.Kept:

@@ -5,8 +5,8 @@ guests of its mark, ``@pytest.mark.hosts("nas-0-0", "compute-0-0", "compute-0-1"
 a pool ``tank`` on its disk ``tank``; no daemon of the project runs, nor tgtd, nor iscsid. ``cluster`` is a whole
 cluster on such guests: broker, frontend, and the daemons in the guests, all running.
 
-Scenarios (tests that use ``cluster``): those marked ``ci`` are run each time, and some of the others, chosen by a seed
-that is printed; ``--lab-seed`` repeats a choice, ``--all`` runs every one.
+Scenarios (tests that use ``cluster``, or are marked ``scenario``): those marked ``ci`` are run each time, and some of
+the others, chosen by a seed that is printed; ``--lab-seed`` repeats a choice, ``--all`` runs every one.
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "hosts(*names): the guests that a test in the lab needs")
     config.addinivalue_line("markers", "container(**settings): what the containers of a scenario are configured with")
+    config.addinivalue_line("markers", "scenario: a scenario of the lab that makes its guests itself")
     config.addinivalue_line("markers", "ci: a scenario of the lab that is run each time")
 
 
 def _is_scenario(item: pytest.Item) -> bool:
     # A run of all tests calls the hooks here for every folder's, of which others have a ``cluster`` too.
-    return item.path.is_relative_to(HERE) and "cluster" in getattr(item, "fixturenames", ())
+    marked = item.get_closest_marker("scenario") is not None
+    return item.path.is_relative_to(HERE) and (marked or "cluster" in getattr(item, "fixturenames", ()))
 
 
 @pytest.hookimpl(trylast=True)
