@@ -196,11 +196,14 @@ def ensure_key(path: Path, comment: str) -> str:
         for leftover in (fresh, fresh.with_name(f"{fresh.name}.pub")):
             leftover.unlink(missing_ok=True)
         run(keygen_argv(fresh, comment))
-        fresh.with_name(f"{fresh.name}.pub").unlink()
+        half = fresh.with_name(f"{fresh.name}.pub")
+        public = checked_public_key(half.read_text())
+        half.unlink()
         os.chmod(fresh, 0o600)
         _sync(fresh)  # else a power cut leaves an empty file under the right name (ext4)
         os.replace(fresh, path)
         _sync(path.parent)
+        return public
     os.chmod(path, 0o600)
     result = run(public_key_argv(path), check=False)
     if result.exit_status != 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -24,9 +25,13 @@ DEADLINE_S = 30.0
 WORD = "op-17.transfer:1"
 
 
-def test_a_key_pair_is_made_once_and_closed_to_others(tmp_path: Path) -> None:
+def test_a_key_pair_is_made_once_by_one_command_and_closed_to_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "key"
+    caplog.set_level(logging.DEBUG)
     public = ssh.ensure_key(path, "compute-0-0")
+    assert len([text for text in caplog.messages if text.startswith("ssh-keygen ")]) == 1  # it is made during a map
     before = path.read_bytes()
     assert public.startswith("ssh-ed25519 ")
     assert public.endswith(" compute-0-0")

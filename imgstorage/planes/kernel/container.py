@@ -108,10 +108,11 @@ class KernelContainer:
     def attach(self, grant: Grant) -> Device:
         """See the protocol."""
         with self._taking:  # volumes of one name must not both be taken
-            holding = self._holding_for(grant)
-            if holding.record is None or holding.record.grant.generation != grant.generation:
-                with holding.lock:
-                    self._record(holding, grant)
+            held = self._known.get(grant.volume.uuid)
+            if held is not None and held.known.grant.generation == grant.generation:
+                holding = held
+            else:
+                holding = self._take(grant)
         with holding.lock:
             known = holding.known
             if known.phase in OFFERED:
@@ -127,12 +128,9 @@ class KernelContainer:
             self._bring_up(holding)
             return show.device(holding)
 
-    def _holding_for(self, grant: Grant) -> Holding:
-        """Where a grant's copy is or will be. Raises ``stale_generation``, ``conflict``."""
+    def _take(self, grant: Grant) -> Holding:
+        """Where a new grant's copy will be, recorded durably. Raises ``stale_generation``, ``conflict``."""
         volume = grant.volume
-        held = self._known.get(volume.uuid)
-        if held is not None and held.known.grant.generation == grant.generation:
-            return held
         self._ledger.refuse_old(volume, grant.generation, self._settings.host)
         self._known.refuse_clash(volume)
         self._known.refuse_foreign_device(volume, grant.mode)
@@ -148,12 +146,14 @@ class KernelContainer:
                     caches.drop(other)
         if pool is not None:
             self._known.refuse_foreign_zvols(volume, pool)
-        return self._known.take(volume.uuid)
+        holding = self._known.take(volume.uuid)
+        with holding.lock:
+            self._record(holding, grant, pool)
+        return holding
 
-    def _record(self, holding: Holding, grant: Grant) -> None:
+    def _record(self, holding: Holding, grant: Grant, pool: PoolName | None) -> None:
         """Record the grant durably as ``preparing``. A cache stays: as the copy itself, or as what a copy is put on."""
         old = holding.record
-        pool = None if grant.mode is Mode.DIRECT else self._choose(grant.remote_pool)
         if old is not None and old.phase is CopyPhase.PREPARING:
             self._undo(holding)
         holding.hydrating, holding.returning = Copying(), Copying()

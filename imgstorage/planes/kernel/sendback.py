@@ -125,8 +125,7 @@ def _snapshot(holding: Holding, copying: Copying, *, pull: bool) -> Snapshot:
     there = {one.short: one for one in zvols.ours(holding.local)}
     if short not in there:
         if not pull:  # nobody writes any more; and without a reservation a snapshot needs no room
-            datasets.set_properties(holding.local, {"readonly": "on"})
-            datasets.set_properties(holding.local, {"refreservation": "none"})
+            datasets.set_properties(holding.local, {"readonly": "on", "refreservation": "none"})
         snapshots.snapshot(f"{holding.local}@{short}")
         there = {one.short: one for one in zvols.ours(holding.local)}
     if not pull and properties.written_since(holding.local, short):

@@ -68,6 +68,19 @@ def _output(argv: Sequence[str], env: dict[str, str] | None = None) -> str:
     ).stdout.decode()
 
 
+def _destroy(volume: str) -> None:
+    """Until nobody has it open: udev may still look at it."""
+    until = time.monotonic() + WAIT_S
+    while True:
+        try:
+            _output(datasets.destroy_argv(volume, recursive=True))
+            return
+        except subprocess.CalledProcessError as error:
+            if b"busy" not in error.stderr or time.monotonic() > until:
+                raise
+        time.sleep(POLL_S / 2)
+
+
 def spawn_cost(runs: int) -> list[float]:
     """Milliseconds to start and reap /bin/true, each time."""
     times = []
@@ -111,7 +124,7 @@ def fill(image: str, size_bytes: int) -> None:
 def destroy() -> dict[str, Any]:
     """Destroy the volume and its snapshots."""
     steps = Steps()
-    steps.run("zfs destroy", datasets.destroy_argv(VOLUME, recursive=True))
+    steps.do("zfs destroy", lambda: _destroy(VOLUME))
     return steps.given()
 
 
@@ -297,7 +310,7 @@ def settle(nas: str, size_bytes: int) -> dict[str, Any]:
     first = _switch(steps, "to the merge", size_bytes, merge)
     steps.do("merge", _wait_merged)
     second = _switch(steps, "to the copy", size_bytes, Linear(local))
-    steps.run("zfs destroy, COW device", datasets.destroy_argv(COW, recursive=False))
+    steps.do("zfs destroy, COW device", lambda: _destroy(COW))
     _logout(steps, nas)
     return steps.given(suspended=[first, second])
 

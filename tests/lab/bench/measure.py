@@ -10,9 +10,10 @@ from typing import Any
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.names import MIB
+from tests.lab import seen
 from tests.lab.bench import by_hand, peers
 from tests.lab.bench.rig import Rig, Window, total
-from tests.lab.cluster import CONTAINER, NAS
+from tests.lab.cluster import CONTAINER, NAS, until
 
 SMALL = 64 * MIB
 MERGED = MIB
@@ -150,6 +151,7 @@ def _copied(rig: Rig, volume: str, found: Copies) -> None:
     before = rig.sent()
     found.unmap.append(rig.asked(f"remove host storagemap {NAS} {volume}"))
     found.return_sent.append(rig.sent() - before)
+    until("the copy is a cache", lambda: seen.phases(rig.container).get(volume) == "cache", SETTLED_S)
     rig.container.run(["zfs", "destroy", "-r", f"tank/{volume}"])  # the next run copies all of it again
 
 
