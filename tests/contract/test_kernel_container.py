@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,20 @@ def test_a_cow_device_that_is_nearly_full_holds_writes_back_until_the_merge(
         world.model[20 * MIB : 20 * MIB + 4096] = bytes([8]) * 4096
         world.close_guests()
         world.assert_device()
+
+
+def test_a_device_is_shown_by_one_command(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.attach()
+    caplog.set_level(logging.DEBUG, logger="imgstorage.tools.run")
+    caplog.clear()
+    (shown,) = world.container.devices()
+    assert [text.split()[:2] for text in caplog.messages if text.startswith("dmsetup ")] == [["dmsetup", "status"]]
+    assert shown.status == "snapshot"
+    assert "/" in shown.synced
+    assert not shown.started
+    dm.remove("vol1-snap")
+    (shown,) = world.container.devices()
+    assert (shown.status, shown.synced) == ("", "")
 
 
 def test_a_cache_is_the_base_of_the_next_copy(world: World) -> None:

@@ -94,10 +94,12 @@ def _send(holding: Holding, copying: Copying, right: Transfer, *, pull: bool) ->
         final = _snapshot(holding, copying, pull=pull)
     nas = holding.known.grant.nas
     with link.connect(holding.settings.run_dir, nas, right, copying) as line:
-        request, argv = _plan(holding, line.hello, final)
+        request, argv, base = _plan(holding, line.hello, final)
         line.ask(request)
         if argv:
-            _follow(line.send(argv, holding.settings.return_speed_bytes_s), copying, _estimate(request, final, holding))
+            pipeline = line.send(argv, holding.settings.return_speed_bytes_s)
+            # The stream flows already.
+            _follow(pipeline, copying, streams.estimate(final.name, base=base).size_bytes if base else 0)
         line.finish()
     return final.short, talk.digest(final.guid)
 
@@ -133,32 +135,24 @@ def _snapshot(holding: Holding, copying: Copying, *, pull: bool) -> Snapshot:
     return there[short]
 
 
-def _plan(holding: Holding, hello: Hello, final: Snapshot) -> tuple[Request, list[str]]:
-    """What to say, and what to send (nothing if the NAS has it)."""
+def _plan(holding: Holding, hello: Hello, final: Snapshot) -> tuple[Request, list[str], str]:
+    """What to say, what to send (nothing if the NAS has it), and since which snapshot ("": a stream that goes on)."""
     have = [one.guid for one in hello.have]
     if final.guid in have:
-        return Request(verb=Verb.NOTHING, name=final.short, guid=final.guid), []
+        return Request(verb=Verb.NOTHING, name=final.short, guid=final.guid), [], ""
     if hello.receive_token and streams.token(hello.receive_token).to_guid == final.guid:
         request = Request(verb=Verb.RECEIVE, name=final.short, guid=final.guid, token=hello.receive_token)
-        return request, streams.resume_argv(hello.receive_token)
+        return request, streams.resume_argv(hello.receive_token), ""
     ours = {one.guid: one for one in zvols.ours(holding.local)}
     base = next((ours[guid] for guid in have if guid in ours), None)
     if base is None:
         raise ImgStorageError("diverged", f"{holding.known.grant.nas} has no snapshot that {holding.local} has")
     request = Request(verb=Verb.RECEIVE, name=final.short, guid=final.guid, base_guid=base.guid)
-    return request, streams.send_argv(final.name, base=base.name)
-
-
-def _estimate(request: Request, final: Snapshot, holding: Holding) -> int:
-    """About how long the stream is; 0 if nobody knows."""
-    if not request.base_guid:
-        return 0
-    base = next((one for one in zvols.ours(holding.local) if one.guid == request.base_guid), None)
-    return streams.estimate(final.name, base=base.name).size_bytes if base else 0
+    return request, streams.send_argv(final.name, base=base.name), base.name
 
 
 def _follow(pipeline: Pipeline, copying: Copying, stream_bytes: int) -> None:
-    """Until all was sent. Raises why it was not."""
+    """Until all was sent, about ``stream_bytes`` (0: nobody knows). Raises why it was not."""
     total = copying.progress.total_bytes
     while (outcome := pipeline.poll()) is None:
         wire = pipeline.progress().bytes_done

@@ -152,7 +152,7 @@ def _copied(rig: Rig, volume: str, found: Copies) -> None:
     found.unmap.append(rig.asked(f"remove host storagemap {NAS} {volume}"))
     found.return_sent.append(rig.sent() - before)
     until("the copy is a cache", lambda: seen.phases(rig.container).get(volume) == "cache", SETTLED_S)
-    rig.container.run(["zfs", "destroy", "-r", f"tank/{volume}"])  # the next run copies all of it again
+    rig.container.wait_for(["zfs", "destroy", "-r", f"tank/{volume}"])  # the next run copies all of it again
 
 
 @dataclass
