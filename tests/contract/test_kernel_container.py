@@ -71,6 +71,17 @@ def test_a_device_is_shown_by_one_command(world: World, caplog: pytest.LogCaptur
     assert (shown.status, shown.synced) == ("", "")
 
 
+def test_a_device_is_taken_away_with_few_looks_at_it(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.attach()
+    caplog.set_level(logging.DEBUG, logger="imgstorage.tools.run")
+    caplog.clear()
+    assert world.detach() is Held.OVERLAY
+    ran = [text.split()[1] for text in caplog.messages if text.startswith("dmsetup ")]
+    assert ran.count("remove") == 1
+    assert len(ran) <= 4, ran
+    assert dm.devices() == []
+
+
 def test_a_cache_is_the_base_of_the_next_copy(world: World) -> None:
     world.attach()
     world.make_local()

@@ -236,10 +236,10 @@ class KernelContainer:
         return [] if holding is None or holding.record is None else self._openers(holding)
 
     def _openers(self, holding: Holding) -> list[str]:
-        live = device.own(holding.device_name, holding.dm_uuid)
-        if live is None or not live.info.open_count:
+        seen = device.own_info(holding.device_name, holding.dm_uuid)
+        if seen is None or not seen.open_count:
             return []
-        return holders.of_number(live.info.number)  # none: it is being closed, or who removes it finds out
+        return holders.of_number(seen.number)  # none: it is being closed, or who removes it finds out
 
     def detach(self, volume: VolumeUuid, generation: Generation, force: bool) -> Held:
         """See the protocol."""
@@ -273,15 +273,15 @@ class KernelContainer:
         return holding.advance(CopyPhase.RETURNING, attempt=0, final="", digest="", wire_bytes=0).held
 
     def _remove(self, holding: Holding, force: bool) -> None:
-        live = device.own(holding.device_name, holding.dm_uuid)
-        if live is None:
+        seen = device.own_info(holding.device_name, holding.dm_uuid)
+        if seen is None:
             return
         if force:
             care.cut(holding)
             self._cut = True
             log.warning("the device of %s was cut off from whoever had it open", holding.known.name)
             return
-        if not live.info.suspended and holding.known.phase is not CopyPhase.PREPARING:
+        if not seen.suspended and holding.known.phase is not CopyPhase.PREPARING:
             device.flush(holding.device_path)
         try:
             device.remove(holding.device_name, holding.dm_uuid)

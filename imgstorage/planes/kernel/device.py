@@ -43,11 +43,21 @@ def sectors(size_bytes: int) -> int:
     return size_bytes // SECTOR_BYTES
 
 
+def info(name: str) -> Info | None:
+    """What a device is, without its table; None if there is none of that name."""
+    try:
+        return dm.info(name)
+    except ImgStorageError as error:
+        if error.code == "not_found":
+            return None
+        raise
+
+
 def find(name: str) -> Live | None:
     """A device, or None if there is none of that name. Raises ``conflict`` for a table that is none of ours."""
     try:
-        info = dm.info(name)
-        table = dm.table(name) if info.live else []
+        seen = dm.info(name)
+        table = dm.table(name) if seen.live else []
     except ImgStorageError as error:
         if error.code == "not_found":
             return None
@@ -56,19 +66,32 @@ def find(name: str) -> Live | None:
         raise
     if len(table) > 1:
         raise ImgStorageError("conflict", f"the device {name} has {len(table)} parts: it is not this project's")
-    return Live(info, table[0].target if table else None)
+    return Live(seen, table[0].target if table else None)
 
 
 def own(name: str, uuid: str) -> Live | None:
     """A device of that uuid; None if there is none of that name. Raises ``conflict`` for another's."""
     live = find(name)
-    if live is not None and live.info.uuid != uuid:
+    if live is not None:
+        _check_uuid(live.info, uuid)
+    return live
+
+
+def own_info(name: str, uuid: str) -> Info | None:
+    """As :func:`own`, for whom its table is nothing: half as many commands."""
+    seen = info(name)
+    if seen is not None:
+        _check_uuid(seen, uuid)
+    return seen
+
+
+def _check_uuid(seen: Info, uuid: str) -> None:
+    if seen.uuid != uuid:
         raise ImgStorageError(
             "conflict",
-            f"a device {name} is there with the uuid {live.info.uuid or '(none)'}, not {uuid}",
-            hint=f"look at it: dmsetup info {name}",
+            f"a device {seen.name} is there with the uuid {seen.uuid or '(none)'}, not {uuid}",
+            hint=f"look at it: dmsetup info {seen.name}",
         )
-    return live
 
 
 def status(name: str) -> Status | None:
@@ -142,8 +165,8 @@ def suspend(name: str) -> None:
 
 def resume(name: str) -> None:
     """Let I/O go on if it was held back."""
-    live = find(name)
-    if live is not None and live.info.suspended:
+    seen = info(name)
+    if seen is not None and seen.suspended:
         dm.resume(name)
 
 
@@ -154,10 +177,12 @@ def flush(path: str, *, timeout_s: float = FLUSH_S) -> None:
 
 def remove(name: str, uuid: str) -> None:
     """Remove a device; no error if it is not there. Raises ``in_use``, ``conflict``."""
-    if own(name, uuid) is None:
+    seen = own_info(name, uuid)
+    if seen is None:
         return
-    with contextlib.suppress(ImgStorageError):  # gone meanwhile
-        resume(name)
+    if seen.suspended:
+        with contextlib.suppress(ImgStorageError):  # gone meanwhile
+            dm.resume(name)
     try:
         dm.remove(name)
     except ImgStorageError as error:
@@ -167,14 +192,14 @@ def remove(name: str, uuid: str) -> None:
 
 def hold_off(name: str, uuid: str, *, flush: bool) -> bool:
     """Suspend a device that is to be cut; False if what is under way does not end."""
-    live = own(name, uuid)
-    if live is None or live.info.suspended:
+    seen = own_info(name, uuid)
+    if seen is None or seen.suspended:
         return True
     try:
         dm.suspend(name, flush=flush, lockfs=False, timeout_s=CUT_SUSPEND_S)
     except ImgStorageError:
-        live = own(name, uuid)
-        return live is None or live.info.suspended
+        seen = own_info(name, uuid)
+        return seen is None or seen.suspended
     return True
 
 

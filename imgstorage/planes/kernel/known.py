@@ -109,8 +109,8 @@ class Known:
     def refuse_foreign_device(self, volume: Volume, mode: Mode) -> None:
         """Raise ``conflict`` for a device of this name that is not this volume's; ``bad_name`` for one too long."""
         name = f"{volume.name}-snap" if mode is Mode.SYNC else str(volume.name)
-        live = device.find(name)
-        if live is not None and not live.info.uuid.startswith(f"{device.PREFIX}{volume.uuid}-"):
+        seen = device.info(name)
+        if seen is not None and not seen.uuid.startswith(f"{device.PREFIX}{volume.uuid}-"):
             raise ImgStorageError(
                 "conflict", f"a device {name} is there that is not this volume's", host=self._settings.host
             )
