@@ -10,6 +10,7 @@ import pytest
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.daemons.logs import OneLine
+from imgstorage.tools.dmsetup.commands import COLUMNS
 from imgstorage.tools.pipeline import Pipeline
 from imgstorage.tools.run import run
 from tests.lab.bench import command, log_lines
@@ -63,6 +64,11 @@ def test_what_is_no_line_of_a_log_is_left_out() -> None:
         ("zfs get -Hp -d 0 tank", Kind.LOOK),
         ("zfs send -nvP tank/a@b", Kind.LOOK),
         ("tgtadm -C 0 --lld iscsi --op show --mode target", Kind.LOOK),
+        ("tgtadm -C 0 --lld iscsi --op show --mode portal", Kind.ROUND),
+        ("zpool list -Hp -o name,size,allocated,free,health,guid", Kind.ROUND),
+        ("zpool list -Hp -o name,size,allocated,free,health,guid tank", Kind.LOOK),
+        ("dmsetup info -c --noheadings --separator \\t -o " + ",".join(COLUMNS), Kind.ROUND),
+        ("dmsetup info -c --noheadings --separator \\t -o " + ",".join(COLUMNS) + " vol", Kind.LOOK),
         ("dmsetup status vol-snap", Kind.LOOK),
         ("/lib/udev/zvol_id /dev/zd0", Kind.LOOK),
         ("zfs set imgstorage:stamp={} readonly=on tank/a", Kind.RECORD),

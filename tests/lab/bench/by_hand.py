@@ -46,7 +46,7 @@ class Steps:
         self._done: list[tuple[str, float]] = []
 
     def run(self, what: str, argv: Sequence[str], env: dict[str, str] | None = None) -> str:
-        """A command to its end; what it printed. Raises ``CalledProcessError``."""
+        """A command to its end; what it printed. Raises ``RuntimeError``."""
         return self.do(what, lambda: _output(argv, env))
 
     def do(self, what: str, act: Callable[[], Any]) -> Any:
@@ -62,10 +62,13 @@ class Steps:
 
 
 def _output(argv: Sequence[str], env: dict[str, str] | None = None) -> str:
-    argv = [which(argv[0]), *argv[1:]]
-    return subprocess.run(
-        argv, stdin=subprocess.DEVNULL, env=environment(env), check=True, capture_output=True
-    ).stdout.decode()
+    """What a command printed. Raises ``RuntimeError`` with what it said."""
+    done = subprocess.run(
+        [which(argv[0]), *argv[1:]], stdin=subprocess.DEVNULL, env=environment(env), check=False, capture_output=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(argv)}: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout.decode()
 
 
 def _destroy(volume: str) -> None:
@@ -75,8 +78,8 @@ def _destroy(volume: str) -> None:
         try:
             _output(datasets.destroy_argv(volume, recursive=True))
             return
-        except subprocess.CalledProcessError as error:
-            if b"busy" not in error.stderr or time.monotonic() > until:
+        except RuntimeError as error:
+            if "busy" not in str(error) or time.monotonic() > until:
                 raise
         time.sleep(POLL_S / 2)
 
@@ -276,7 +279,7 @@ def _pipe(left: Sequence[str], right: Sequence[str]) -> None:
         assert first.stdout
         subprocess.run([which(right[0]), *right[1:]], stdin=first.stdout, check=True)
     if first.returncode:
-        raise subprocess.CalledProcessError(first.returncode, list(left))
+        raise RuntimeError(f"{' '.join(left)}: status {first.returncode}")
 
 
 def key() -> str:

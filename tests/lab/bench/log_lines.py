@@ -12,10 +12,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from imgstorage.daemons.logs import escaped
+from imgstorage.tools import tgtadm, zpool
+from imgstorage.tools.dmsetup import commands as dmsetup
+
 _LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) ([A-Z]+) +(\S+): (.*)")
 _COMMAND = re.compile(r"(.+) -> (-?\d+) in (\d+) ms")
 _PIPELINE = re.compile(r"(.+) -> ((?:-?\d+ ?)+) in (\d+) ms, (\d+) bytes")
 RUNNER, PIPES = "imgstorage.tools.run", "imgstorage.tools.pipeline"
+
+
+ROUNDS = frozenset(
+    escaped(" ".join(argv)) for argv in (tgtadm.show_portals_argv(), zpool.list_argv(), dmsetup.info_argv())
+)
+"""What daemons look at again and again, whatever they are asked."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class Kind(str, Enum):
     CHANGE = "makes or removes"
     RECORD = "stamps and holds"
     LOOK = "looks"
+    ROUND = "goes on all the time"
 
 
 def lines(text: str, *, utc: bool) -> Iterator[Line]:
@@ -98,6 +109,8 @@ def pipelines(said: Iterable[Line]) -> list[Pipeline]:
 
 def kind(argv: Sequence[str]) -> Kind:
     """What a command is there for, by its words."""
+    if " ".join(argv) in ROUNDS:
+        return Kind.ROUND
     program, words = argv[0].rpartition("/")[2], argv[1:]
     verb = words[0] if words else ""
     if program in ("zfs", "zpool"):

@@ -70,8 +70,9 @@ def cycles(direct: Direct, logs: dict[str, Log], note: str) -> Table:
 
 
 def _ran_ms(logs: dict[str, Log], window: Window) -> float:
-    """How long at least one command of the daemons ran on NAS or container."""
-    spans = [(one.begin, one.end) for host in (NAS, CONTAINER) for one in logs[host].within(window)]
+    """How long at least one command for this request ran on NAS or container."""
+    ran = [one for host in (NAS, CONTAINER) for one in logs[host].within(window)]
+    spans = [(one.begin, one.end) for one in ran if kind(one.argv) is not Kind.ROUND]
     return busy_ms(spans, window.begin, window.end)
 
 
@@ -89,7 +90,7 @@ def shares(what: str, windows: Sequence[Window], logs: dict[str, Log], note: str
             if any(ran):
                 count = figures(len(run) for run in ran)
                 add(f"{title}: what {sort.value}", str(count), figures(sum(one.ms for one in run) for run in ran))
-    add("no command runs", "-", figures(window.ms - _ran_ms(logs, window) for window in windows))
+    add("no command of it runs", "-", figures(window.ms - _ran_ms(logs, window) for window in windows))
     heads = ("", "commands", "ms", "share")
     return Table(f"Where the time of {what} goes, {whole} ms", heads, tuple(rows), (note,))
 
@@ -100,6 +101,7 @@ def calls(what: str, windows: Sequence[Window], logs: dict[str, Log], note: str)
     rows: list[tuple[Cell, ...]] = []
     before = last.begin
     ran = [(host, one) for host in (NAS, CONTAINER) for one in logs[host].within(last)]
+    ran = [(host, one) for host, one in ran if kind(one.argv) is not Kind.ROUND]
     for host, one in sorted(ran, key=lambda pair: pair[1].end):
         gap = max(0.0, MS * (one.begin - before))
         rows.append((_short(one), host.partition("-")[0], figures([gap]), figures([one.ms]), kind(one.argv).value))
