@@ -44,7 +44,7 @@ def _both(what: str, ours: Sequence[float], floor: Sequence[float], digits: int 
 
 
 def cycles(direct: Direct, logs: dict[str, Log], note: str) -> Table:
-    """Map, unmap and whole cycle against the same by hand."""
+    """Map, unmap and whole cycle against what has to be done, by hand, and against the commands that were run."""
     parts: dict[str, tuple[list[list[Window]], tuple[str, ...]]] = {
         "create the volume": ([direct.create], ("create",)),
         "map": ([direct.map], ("export", "attach")),
@@ -61,11 +61,11 @@ def cycles(direct: Direct, logs: dict[str, Log], note: str) -> Table:
         ours = [sum(window.ms for window in run) for run in runs]
         floor = direct.hand_ms(*names)
         ran = [sum(_ran_ms(logs, window) for window in run) for run in runs]
-        rows.append((*_both(what, ours, floor), figures(ran), ratios(ran, floor)))
+        rows.append((*_both(what, ours, floor), figures(ran), ratios(ours, ran)))
     rows.append(
         ("a request that changes nothing (list)", "-", figures(one.ms for one in direct.nothing), "-", "-", "-")
     )
-    heads = ("", "by hand", "command line", RATIO, "daemons' commands", RATIO)
+    heads = ("", "by hand", "command line", RATIO, "its commands", "times these")
     return Table("A cycle in direct mode, milliseconds: median (least-most)", heads, tuple(rows), (note,))
 
 
@@ -249,7 +249,9 @@ def others(found: Attached, note: str) -> list[Table]:
     earlier = Table(
         "Measured earlier: medians of 10 in one guest of 2 virtual CPUs, times by hand (zvol and tgt, 653 + 442 ms)",
         ("", "map", "unmap", "cycle"), EARLIER,
-        ("create and destroy are part of map and unmap there, and the devices are on the NAS itself",
-         "starting /bin/true took 22 ms in that guest, 0.56 ms on its machine"),
+        ("making the volume was part of map, destroying it of unmap; all in one guest, over loopback",
+         "there, zfs send of 256 MiB with 77 filled took 834 ms, of 8 MiB that changed 294 ms, dd of it through iSCSI "
+         "5512 ms; both switches by hand held I/O back for 634 ms",
+         "starting /bin/true took 22 ms in that guest and 0.56 ms on its machine"),
     )  # fmt: skip
     return [live, earlier]
