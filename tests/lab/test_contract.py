@@ -27,9 +27,10 @@ MACHINE = Machine("nas-0-0", memory_mib=1024, cpus=2, disks={"tank": 4 * GIB, "p
 SETTINGS = {"IMGSTORAGE_TEST_PLANE": "kernel", "IMGSTORAGE_TEST_ZPOOL": "tank", "IMGSTORAGE_TEST_DEADLINE_S": "180"}
 TEST_S, PART_S = 420, 890
 
-SPLIT: dict[str, tuple[str, ...]] = {}
-"""Files that take long: what is a part of its own (as pytest's ``-k``); the rest of the file is another."""
-EACH_TIME = ("test_unknown_is_not_lost",)
+SPLIT: dict[str, dict[str, str]] = {"test_pulls": {"kills": "killed_at_any_moment"}}
+"""Files that take long: parts of their own by name, as pytest's ``-k``; the rest of the file is another."""
+EACH_TIME = ("unknown_is_not_lost",)
+"""Parts that are run each time; the others take turns."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,12 @@ def parts() -> Iterator[object]:
     for path in sorted(SUITES.glob("test_*.py")):
         if path.stem.startswith("test_userspace_"):
             continue
-        chosen = SPLIT.get(path.stem, ())
-        for words in (*chosen, " and ".join(f"not ({one})" for one in chosen)):
-            marks = [pytest.mark.ci] if path.stem in EACH_TIME else []
-            yield pytest.param(path.name, words, id=f"{path.stem}-{words}" if words else path.stem, marks=marks)
+        own = SPLIT.get(path.stem, {})
+        name = path.stem.removeprefix("test_")
+        found = {f"{name}-{part}": words for part, words in own.items()}
+        found[name] = " and ".join(f"not ({words})" for words in own.values())
+        for part, words in found.items():
+            yield pytest.param(path.name, words, id=part, marks=[pytest.mark.ci] if part in EACH_TIME else [])
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +83,7 @@ def run(guest: Guest, file: str, words: str) -> list[Outcome]:
 WRONG = ("failure", "error", "skipped")
 
 
-@pytest.mark.parametrize(("file", "words"), parts())
+@pytest.mark.parametrize(("file", "words"), list(parts()))
 def test_contract(contract: Lab, file: str, words: str) -> None:
     contract.restore(CLEAN)
     guest = contract[MACHINE.name]

@@ -150,7 +150,18 @@ def finish_pull(holding: Holding, version: str) -> None:
     if not known.final or not is_proof(known, version):
         return
     holding.note(snapshot=known.final, snapshot_guid=int(known.digest), version=version)
-    keep_only(holding.local, known.final)
+    drop_older(holding.local, known.final)
+
+
+def drop_older(name: str, short: str) -> None:
+    """Destroy the project's snapshots of a zvol from before that one: a newer one may be on its way to the NAS."""
+    older: list[str] = []
+    for one in zvols.ours(name):
+        if one.short == short:
+            for gone in older:
+                snapshots.destroy_snapshot(gone)
+            return
+        older.append(one.name)
 
 
 def keep_only(name: str, short: str) -> None:
