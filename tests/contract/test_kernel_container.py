@@ -66,7 +66,7 @@ def test_room_for_a_pull_is_kept_from_other_volumes(make_world: Callable[..., Wo
     world.make_local()
     world.scribble(0, SIZE // 512 * 512)
     (pool,) = world.container.pools()
-    size = next(size for size in range(pool.free_bytes // 3, 0, -MIB) if worst(size) <= pool.free_bytes)
+    size = next(size for size in range(pool.free_bytes // 3, 0, -MIB) if worst(size) <= pool.free_bytes - 8 * MIB)
     large = replace(other.grant.volume, size_bytes=size)
     refused("no_space", lambda: world.container.check(large, Mode.SYNC, None))
     world.pull()
