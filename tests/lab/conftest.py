@@ -5,8 +5,9 @@ guests of its mark, ``@pytest.mark.hosts("nas-0-0", "compute-0-0", "compute-0-1"
 a pool ``tank`` on its disk ``tank``; no daemon of the project runs, nor tgtd, nor iscsid. ``cluster`` is a whole
 cluster on such guests: broker, frontend, and the daemons in the guests, all running.
 
-Scenarios (tests that use ``cluster``): those marked ``ci`` are run each time, and some of the others, chosen by a seed
-that is printed; ``--lab-seed`` repeats a choice, ``--all`` runs every one.
+Scenarios (tests that use ``cluster``) and parts of the contract suites (``contract``): those marked ``ci`` are run
+each time, and some of the others, chosen by a seed that is printed; ``--lab-seed`` repeats a choice, ``--all`` runs
+every one.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _is_scenario(item: pytest.Item) -> bool:
     # A run of all tests calls the hooks here for every folder's, of which others have a ``cluster`` too.
-    return item.path.is_relative_to(HERE) and "cluster" in getattr(item, "fixturenames", ())
+    return item.path.is_relative_to(HERE) and not {"cluster", "contract"}.isdisjoint(getattr(item, "fixturenames", ()))
 
 
 @pytest.hookimpl(trylast=True)
