@@ -101,13 +101,30 @@ def test_the_container_loses_its_power_when_the_volume_is_local(cluster: Cluster
         end(cluster, volume, writer)
 
 
+@pytest.mark.parametrize("mode", ["no", "yes"], ids=["direct", "sync"])
+@pytest.mark.parametrize("host", [CONTAINER, NAS])
+def test_power_is_lost_when_the_device_is_let_go(cluster: Cluster, host: str, mode: str) -> None:
+    volume, device = mapped(cluster, mode)
+    cluster.write_some(volume, device)
+    if mode == "yes":
+        cluster.wait_local(volume)
+    removed = Strike("dmsetup", "remove", "after", "power" if host == CONTAINER else "hold")
+    with struck(cluster, CONTAINER, removed, cluster.nas.kill):
+        unmapping = cluster.unmapping(volume)
+    if host == NAS:
+        cluster.boot(NAS)
+    cluster.wait_phase(volume, "idle")
+    unmapping.result()
+    cluster.finish(volume)
+
+
 @pytest.mark.container(return_speed="128K")
 @pytest.mark.parametrize("host", [pytest.param(CONTAINER, marks=pytest.mark.ci), NAS])
 def test_power_is_lost_during_the_way_back(cluster: Cluster, host: str) -> None:
     volume, device = mapped(cluster, "yes")
     cluster.wait_local(volume)
     cluster.write_some(volume, device, 100)
-    unmapping = cluster.asked(f"remove host storagemap {NAS} {volume}", 400)
+    unmapping = cluster.unmapping(volume)
     cluster.wait_phase(volume, "writing_back")
     cluster.power_cut(host)
     cluster.wait_phase(volume, "idle", within_s=300)
@@ -179,7 +196,7 @@ def test_power_is_lost_during_a_fold(cluster: Cluster, host: str) -> None:
     volume, device = mapped(cluster, "yes")
     cluster.write_some(volume, device, 150)
     cluster.wait_phase(volume, "hydrating")
-    unmapping = cluster.asked(f"remove host storagemap {NAS} {volume}", 400)
+    unmapping = cluster.unmapping(volume)
     cluster.wait_phase(volume, "folding", "writing_back")
     cluster.power_cut(host)
     cluster.wait_phase(volume, "idle", within_s=300)
