@@ -285,7 +285,7 @@ class Cluster:
         while not look():
             if time.monotonic() > end:
                 pytest.fail(f"after {within_s:g} s {volume} still is not {what}: {last}")
-            time.sleep(0.2)
+            time.sleep(0.5)
         return last
 
     def wait_phase(self, volume: str, *phases: str, within_s: float = SETTLE_S) -> dict[str, Any]:

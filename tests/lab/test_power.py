@@ -27,12 +27,11 @@ MAPPING = (
     (CONTAINER, "yes", Strike("iscsiadm", "--login", "after", "power")),
     (CONTAINER, "no", Strike("dmsetup", "create", "before", "power")),
     (CONTAINER, "yes", Strike("dmsetup", "create", "after", "power")),
-    (NAS, "yes", Strike("zfs", "readonly=on", "after", "power")),
     (NAS, "no", Strike("zfs", "readonly=off", "after", "power")),
     (NAS, "no", Strike("tgtadm", "new", "after", "power")),
     (NAS, "yes", Strike("tgtadm", "bind", "after", "power")),
 )
-CI = {str(SWITCHES[2]), str(MAPPING[1][2]), str(MAPPING[6][2])}
+CI = {str(SWITCHES[2]), str(MAPPING[1][2]), str(MAPPING[5][2])}
 
 
 def ci(strike: Strike) -> list[pytest.MarkDecorator]:
