@@ -40,6 +40,7 @@ PROGRAMS = {"nas": "img-storage-nas", "container": "img-storage-vm"}
 CONFIGS = {"nas": "nas.conf", "container": "vm.conf"}
 IMAGES = "/srv/images"
 COMMAND_S = 300.0
+MAP_S = 240
 UNMAP_S = 400.0
 READY_S = 180.0
 SETTLE_S = 300.0
@@ -206,6 +207,7 @@ class Cluster:
                  "plane = kernel", "zpools = tank"]  # fmt: skip
         if role == "nas":
             lines += [f"address = {self.address(host)}", "port = 3260", f"import_dirs = {IMAGES}"]
+            lines += [f"map_deadline = {MAP_S}"]  # a machine with many labs on it is slow
             self[host].run(["mkdir", "-p", IMAGES])
         lines += [f"{key} = {value}" for key, value in settings.items()]
         self[host].put(f"/etc/imgstorage/{CONFIGS[role]}", ("\n".join(lines) + "\n").encode(), 0o600)
