@@ -32,6 +32,7 @@ class NasConfig(DaemonConfig):
     ``pools`` are folders by name (userspace plane); ``zpools`` are zpools or datasets (kernel plane), as are
     ``transfer_port``, where its ssh server listens, and ``know_by``, how targets know their container.
     ``run_dir`` is where the target daemon's control socket is: ``state_dir``, unless that is too long for one.
+    ``map_deadline``: a map whose device is not usable after so long is taken back.
     """
 
     plane: str
@@ -39,6 +40,7 @@ class NasConfig(DaemonConfig):
     address: str
     port: int
     trash_s: float
+    map_deadline_s: float
     run_dir: Path
     pools: Mapping[PoolName, Path] = field(default_factory=dict)
     zpools: tuple[PoolName, ...] = ()
@@ -105,6 +107,7 @@ def load_nas(path: Path) -> NasConfig:
         address=nas.address("address", "127.0.0.1"),
         port=nas.integer("port", 3260, 1, 65535),
         trash_s=float(nas.integer("trash_hours", 24, 0, 24 * 3650)) * 3600,
+        map_deadline_s=float(nas.integer("map_deadline", 60, 5, 3600)),
         run_dir=nas.path("run_dir", str(common["state_dir"])),
         **_kernel(nas) if plane == "kernel" else {"pools": nas.pools()},
     )

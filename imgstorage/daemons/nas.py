@@ -53,7 +53,8 @@ def plane(config: NasConfig) -> UserspaceNas | KernelNas:
 def build(config: DaemonConfig, world: World) -> NasEngine:
     """The NAS's engine on its plane. Raises ImgStorageError."""
     assert isinstance(config, NasConfig)  # noqa: S101
-    return NasEngine(world, NasStore(config.state_dir / "img_storage.db"), plane(config), config.trash_s)
+    store = NasStore(config.state_dir / "img_storage.db")
+    return NasEngine(world, store, plane(config), config.trash_s, config.map_deadline_s)
 
 
 def party(config: DaemonConfig) -> topology.Party:

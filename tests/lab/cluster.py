@@ -40,6 +40,8 @@ PROGRAMS = {"nas": "img-storage-nas", "container": "img-storage-vm"}
 CONFIGS = {"nas": "nas.conf", "container": "vm.conf"}
 IMAGES = "/srv/images"
 COMMAND_S = 300.0
+MAP_S = 240
+UNMAP_S = 400.0
 READY_S = 180.0
 SETTLE_S = 300.0
 LEFT_S = 90.0
@@ -183,6 +185,11 @@ class Cluster:
         self[host].kill()
         self.boot(host)
 
+    def reboot(self, host: str) -> None:
+        """Shut a host down in order and boot it; its daemon is started once it is up."""
+        self[host].shut_down()
+        self.boot(host)
+
     def boot(self, host: str) -> None:
         """Start a host whose power was cut, and its daemon."""
         self[host].start()
@@ -200,6 +207,7 @@ class Cluster:
                  "plane = kernel", "zpools = tank"]  # fmt: skip
         if role == "nas":
             lines += [f"address = {self.address(host)}", "port = 3260", f"import_dirs = {IMAGES}"]
+            lines += [f"map_deadline = {MAP_S}"]  # a machine with many labs on it is slow
             self[host].run(["mkdir", "-p", IMAGES])
         lines += [f"{key} = {value}" for key, value in settings.items()]
         self[host].put(f"/etc/imgstorage/{CONFIGS[role]}", ("\n".join(lines) + "\n").encode(), 0o600)
@@ -279,7 +287,7 @@ class Cluster:
         while not look():
             if time.monotonic() > end:
                 pytest.fail(f"after {within_s:g} s {volume} still is not {what}: {last}")
-            time.sleep(0.2)
+            time.sleep(0.5)
         return last
 
     def wait_phase(self, volume: str, *phases: str, within_s: float = SETTLE_S) -> dict[str, Any]:
@@ -288,8 +296,12 @@ class Cluster:
 
     def map(self, volume: str, *words: str, host: str = CONTAINER) -> str:
         """``add host storagemap``; the device."""
-        line = f"add host storagemap {NAS} tank {volume} {host} {SIZE_MIB}M {' '.join(words)}"
-        device = self.well(line).stdout.splitlines()[-1]
+        return self.mapped(volume, self.well(map_line(volume, *words, host=host)))
+
+    def mapped(self, volume: str, result: Result) -> str:
+        """The device that a command has mapped, which has to have succeeded."""
+        assert result.exit_status == 0, f"{result.stdout}{result.stderr}"
+        device = result.stdout.splitlines()[-1]
         assert device.startswith(f"/dev/mapper/{volume}"), device
         return device
 
@@ -297,6 +309,14 @@ class Cluster:
         """``remove host storagemap``, up to the end."""
         self.well(f"remove host storagemap {NAS} {volume} {' '.join(words)}", within_s)
         assert self.row(volume)["state"] == "unmapped"
+
+    def unmapping(self, volume: str, *words: str) -> Future[Result]:
+        """``remove host storagemap`` while the test goes on."""
+        return self.asked(f"remove host storagemap {NAS} {volume} {' '.join(words)}", UNMAP_S)
+
+    def pulling(self, volume: str) -> Future[Result]:
+        """``sync host storagemap`` while the test goes on."""
+        return self.asked(f"sync host storagemap {NAS} {volume}", UNMAP_S)
 
     def wait_local(self, volume: str, within_s: float = SETTLE_S) -> None:
         """Wait until a volume is whole on its container and needs its NAS no more."""
@@ -360,6 +380,11 @@ class Cluster:
                 show = guest.run(["sh", "-c", seen.PICTURE], check=False)
                 parts.append(f"--- {guest.name}\n{show.stdout}{show.stderr}")
         return "\n".join(parts)
+
+
+def map_line(volume: str, *words: str, host: str = CONTAINER) -> str:
+    """The command that maps a volume."""
+    return f"add host storagemap {NAS} tank {volume} {host} {SIZE_MIB}M {' '.join(words)}"
 
 
 def _tail(path: Path, lines: int = 40) -> str:

@@ -58,7 +58,13 @@ def test_a_good_file_is_read(kind: str, good: dict[str, Fields], tmp_path: Path)
 
 def test_defaults_and_values(good: dict[str, Fields], tmp_path: Path) -> None:
     files = load_nas(write(tmp_path / "nas.conf", good["nas"]))
-    assert (files.address, files.port, files.import_dirs, files.trash_s) == ("127.0.0.1", 3260, (), 86400.0)
+    assert (files.address, files.port, files.import_dirs, files.trash_s, files.map_deadline_s) == (
+        "127.0.0.1",
+        3260,
+        (),
+        86400.0,
+        60.0,
+    )
     assert {str(name): str(path) for name, path in files.pools.items()} == {"tank": "/tank", "tank/vms": "/vms"}
     kernel = load_nas(write(tmp_path / "kernel.conf", good["kernel nas"]))
     assert (kernel.zpools, kernel.port, kernel.transfer_port) == (("tank", "dozer/img"), 3260, 3261)
