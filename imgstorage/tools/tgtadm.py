@@ -388,6 +388,14 @@ class Tgt:
         """Set parameters of a LUN. Raises ``tool_failed``."""
         self._run(update_lun_argv(tid, lun, params))
 
+    def reopen_lun(self, tid: int, lun: int, path: str) -> None:
+        """Open a LUN's file or device anew, which is when tgtd looks at its size; no command is refused meanwhile.
+
+        tgtd takes a path only for a LUN that is offline, and puts it online again. As one request both are done before
+        it looks at an initiator's commands. Raises ``tool_failed``.
+        """
+        self.update_lun(tid, lun, {"online": "0", "path": path})
+
     def set_account(self, user: str, secret: str) -> None:
         """Make an account with that secret; an older one of that name is replaced. Raises ``tool_failed``."""
         if self._run(new_account_argv(user, secret), ACCOUNT_EXISTS, secrets=(secret,)):
