@@ -98,14 +98,13 @@ class Found:
 def _rtslib() -> Any:
     try:
         module = importlib.import_module("rtslib_fb")
-        core = importlib.import_module("rtslib_fb.tcm")
     except ImportError as error:
         raise ImgStorageError(
             "tool_missing",
             f"LIO is driven with the Python package rtslib-fb, which is not installed: {error}",
             hint="install Debian's python3-rtslib-fb, or pip install 'imgstorage[lio]', for the Python of this program",
         ) from None
-    core.bs_cache.clear()
+    module.tcm.bs_cache.clear()
     with contextlib.suppress(OSError):  # no configfs yet
         module.RTSRoot._preferred_dbroot = (ROOT / "dbroot").read_text().strip()
     return module
@@ -209,7 +208,7 @@ def storages() -> list[Storage]:
     found = []
     for folder in ROOT.glob("core/*_*/*/"):
         with contextlib.suppress(OSError, KeyError, rtslib.RTSLibError):  # going, or of a kind that rtslib has not
-            found.append(_storage(rtslib, rtslib.StorageObject.so_from_path(str(folder))))
+            found.append(_storage(rtslib, rtslib.tcm.StorageObject.so_from_path(str(folder))))
     return found
 
 

@@ -11,11 +11,9 @@ import itertools
 import os
 import secrets
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import pytest
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation
@@ -177,14 +175,6 @@ class Bench:
         storage = rtslib_fb.BlockStorageObject(f"imgstorage-{offer.serial}")
         rtslib_fb.Target(rtslib_fb.FabricModule("iscsi"), offer.iqn, "lookup").delete()
         storage.delete()
-
-
-def refused(code: str, work: Callable[[], object]) -> ImgStorageError:
-    """The error with which something fails."""
-    with pytest.raises(ImgStorageError) as caught:
-        work()
-    assert caught.value.code == code, caught.value
-    return caught.value
 
 
 def ask(session: subprocess.Popen[str], command: str) -> bool:

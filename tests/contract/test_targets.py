@@ -14,7 +14,8 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.planes.common import names, targets
 from tests.contract import target_bench
 from tests.contract.nas_lab import SECOND, free_portal
-from tests.contract.target_bench import DRIVERS, SIZE, Bench, ask, refused
+from tests.contract.target_bench import DRIVERS, SIZE, Bench, ask
+from tests.contract.test_nas_plane import refused
 
 pytestmark = pytest.mark.real
 MIB = 1 << 20
