@@ -192,6 +192,15 @@ def ask(session: subprocess.Popen[str], command: str) -> bool:
     return False
 
 
+def clear_lio() -> None:
+    """Remove all that LIO has, as ``targetcli clearconfig`` does."""
+    import rtslib_fb
+
+    root = rtslib_fb.RTSRoot()
+    for made in [*root.targets, *root.storage_objects]:
+        made.delete()
+
+
 @contextlib.contextmanager
 def bench(name: str, folder: Path) -> Iterator[Bench]:
     """A driver that is ready; afterwards nothing of it is left."""

@@ -71,8 +71,8 @@ class LioTargets:
 
     def ensure(self) -> bool:
         """As :meth:`Targets.ensure`."""
+        lio.load()
         with self._locked():
-            lio.load()
             found = [one.target for one in lio.targets()]
             if not any(self._portal in target.portals for target in found):
                 lio.check_portal(self.address, self.port)
