@@ -196,7 +196,7 @@ def test_a_portal_that_somebody_else_has_is_said(bench: Bench, tmp_path: Path) -
     driver.stop()
 
 
-def test_a_device_that_grew_is_offered_whole_while_it_is_used(bench: Bench) -> None:
+def test_a_device_that_grew_is_offered_whole_and_its_session_stays(bench: Bench) -> None:
     backing = bench.backing()
     offer = bench.offer(backing)
     bench.make(offer)

@@ -90,9 +90,9 @@ class Targets(Protocol):
         ...
 
     def resize(self, iqn: str) -> None:
-        """Have a target offer the size that its device has now, while it is used. Raises ``not_found``.
+        """Have a target offer the size that its device has now; its sessions stay. Raises ``not_found``.
 
-        An initiator sees it when it asks again (:meth:`Sysfs.rescan`).
+        An initiator sees it when it asks again. Commands that are under way may fail (tgt): they have to be held back.
         """
         ...
 
