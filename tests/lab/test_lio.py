@@ -29,7 +29,8 @@ result = [sorted(set(os.pread(fd, block, number * block))) for number in range(b
 os.close(fd)
 """
 CLEAR = """
-import rtslib_fb
+import os, rtslib_fb
+os.makedirs("/etc/rtslib-fb-target", exist_ok=True)  # as targetcli has it; RTSRoot wants it
 for target in rtslib_fb.RTSRoot().targets:
     target.delete()
 for storage in rtslib_fb.RTSRoot().storage_objects:
