@@ -13,7 +13,7 @@ import pytest
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.planes.common import names, targets
 from tests.contract import target_bench
-from tests.contract.nas_lab import SECOND, free_portal
+from tests.contract.nas_lab import SECOND, SECRET, free_portal
 from tests.contract.target_bench import DRIVERS, SIZE, Bench, ask
 from tests.contract.test_nas_plane import refused
 
@@ -196,16 +196,17 @@ def test_a_portal_that_somebody_else_has_is_said(bench: Bench, tmp_path: Path) -
     driver.stop()
 
 
-def test_a_device_that_grew_is_offered_whole_and_its_session_stays(bench: Bench) -> None:
+def test_a_device_that_grew_is_offered_whole_and_no_command_fails(bench: Bench) -> None:
     backing = bench.backing()
     offer = bench.offer(backing)
     bench.make(offer)
-    with bench.session(offer) as session:
-        backing.grow(2 * SIZE)
-        bench.targets.resize(offer.iqn)
-        assert ask(session, "write -P 5 4k 4k")
-    bench.io(offer, f"write -P 6 {2 * SIZE - 4096} 4k", "flush")
-    bench.make(offer)  # still as wanted
-    assert bench.holds(offer, 5, 4096, 4096)
-    assert bench.holds(offer, 6, 2 * SIZE - 4096, 4096)
-    refused("not_found", lambda: bench.targets.resize(f"{offer.iqn}x"))
+    with bench.session(offer) as session, ThreadPoolExecutor(1) as pool:
+        writes = pool.submit(lambda: [ask(session, f"write -P {number} 4k 256k") for number in range(1, 40)])
+        for size in (2 * SIZE, 3 * SIZE):
+            backing.grow(size)
+            bench.targets.renew(offer, SECRET)
+        assert all(writes.result())
+        bench.targets.renew(offer, SECRET)
+    bench.io(offer, f"write -P 6 {3 * SIZE - 4096} 4k", "flush")
+    assert bench.holds(offer, 39, 4096, 4096)
+    assert bench.holds(offer, 6, 3 * SIZE - 4096, 4096)

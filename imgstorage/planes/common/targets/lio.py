@@ -111,6 +111,10 @@ class LioTargets:
                 lio.set_secret(offer.iqn, offer.initiator, secret)
             self._made.add(offer.iqn)
 
+    def renew(self, offer: Offer, secret: str) -> None:
+        """As :meth:`Targets.renew`: LIO asks the device for its size whenever an initiator asks."""
+        self.offer(offer, secret, lambda _: [])
+
     def _wanted(self, offer: Offer, secret: str) -> Target:
         storage = Storage(
             name=f"{PREFIX}{offer.serial}", path=str(offer.path), serial=offer.serial, readonly=offer.readonly
@@ -185,11 +189,6 @@ class LioTargets:
         for path in paths:
             if path not in still:
                 _wait_closed(Path(path))
-
-    def resize(self, iqn: str) -> None:
-        """As :meth:`Targets.resize`: LIO asks the device whenever an initiator asks."""
-        if iqn not in [found.name for found in self.seen()]:
-            raise ImgStorageError("not_found", f"there is no target {iqn}")
 
 
 def _wait_closed(device: Path) -> None:

@@ -82,17 +82,17 @@ class Targets(Protocol):
         """
         ...
 
+    def renew(self, offer: Offer, secret: str) -> None:
+        """As :meth:`offer`, of what may have grown: afterwards all of it is offered.
+
+        A session may end and come back by itself; no command of it fails.
+        """
+        ...
+
     def remove(self, which: Callable[[Seen], bool]) -> None:
         """Remove the targets that ``which`` picks, whatever their sessions, and see that they are gone.
 
         Raises ``in_use`` if what one offered is still open, ``conflict`` for one that is not this project's.
-        """
-        ...
-
-    def resize(self, iqn: str) -> None:
-        """Have a target offer the size that its device has now; its sessions stay. Raises ``not_found``.
-
-        An initiator sees it when it asks again. Commands that are under way may fail (tgt): they have to be held back.
         """
         ...
 

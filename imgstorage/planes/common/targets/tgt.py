@@ -9,6 +9,10 @@ Rules beside those of the protocol
 * A target is offered in this order: target, LUN, its parameters, account, and the access list last.
 * A writable LUN is opened O_SYNC: after a crash of the NAS an initiator's next flush would succeed although
   acknowledged writes were gone.
+* A LUN keeps the size that its file had when it was made. Making it anew within its target fails what comes meanwhile
+  (ILLEGAL REQUEST: a writer saw 129 errors), opening its file anew (``path=``) what is under way (medium errors for two
+  of four writers); making the whole target anew fails nothing, for an initiator logs in again and sends again what was
+  not answered.
 * A target counts as removed when tgtd neither lists it nor has its file open.
 * All that is in this tgtd is this NAS's: nobody else has its control socket.
 * One lock around each change: target numbers are used again, and two threads must not mean the same one.
@@ -90,6 +94,7 @@ class TgtTargets:
         self._guard = threading.RLock()
         self._depth = 0
         self._secrets: dict[str, str] = {}
+        self._sizes: dict[str, int] = {}
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -236,7 +241,16 @@ class TgtTargets:
                 self._tgt.bind_account(mine.tid, offer.user)
             self._secrets[offer.iqn] = mark
 
+    def renew(self, offer: Offer, secret: str) -> None:
+        """As :meth:`Targets.renew`."""
+        with self._locked():
+            mine = next((target for target in self._tgt.targets() if target.name == offer.iqn), None)
+            if mine is not None and self._sizes.get(offer.iqn) != _size(offer.path):
+                self._remove(mine)
+            self.offer(offer, secret, lambda _: [])
+
     def _make(self, offer: Offer, secret: str, taken: set[int]) -> None:
+        size = _size(offer.path)
         tid = next(number for number in range(1, len(taken) + 2) if number not in taken)
         params = {"scsi_sn": offer.serial, "thin_provisioning": "1", "readonly": "1" if offer.readonly else "0"}
         self._tgt.new_target(tid, offer.iqn)
@@ -247,6 +261,7 @@ class TgtTargets:
         made = next((target for target in self._tgt.targets() if target.tid == tid), None)
         if made is None or not _is_made(made, offer):
             raise ImgStorageError("failed", f"target {offer.iqn} is not as it should be: {made}")
+        self._sizes[offer.iqn] = size
 
     def remove(self, which: Callable[[Seen], bool]) -> None:
         """As :meth:`Targets.remove`."""
@@ -255,17 +270,9 @@ class TgtTargets:
                 if which(_seen(target)):
                     self._remove(target)
 
-    def resize(self, iqn: str) -> None:
-        """As :meth:`Targets.resize`."""
-        with self._locked():
-            target = next((one for one in self._tgt.targets() if one.name == iqn), None)
-            lun = target.lun(LUN) if target is not None else None
-            if target is None or lun is None:
-                raise ImgStorageError("not_found", f"there is no target {iqn}")
-            self._tgt.reopen_lun(target.tid, LUN, lun.path)
-
     def _remove(self, target: Target) -> None:
-        self._tgt.delete_target(target.tid, force=True)
+        self._delete(target)
+        self._sizes.pop(target.name, None)
         for user in target.accounts:
             self._tgt.delete_account(user)
         self._secrets.pop(target.name, None)
@@ -276,6 +283,17 @@ class TgtTargets:
         for lun in target.luns:
             if lun.number and lun.path not in still:
                 self._wait_closed(lun.path)
+
+    def _delete(self, target: Target) -> None:
+        until = time.monotonic() + CLOSE_TIMEOUT_S
+        while True:
+            try:
+                self._tgt.delete_target(target.tid, force=True)
+                return
+            except ImgStorageError as error:
+                if error.code != "in_use" or time.monotonic() > until:
+                    raise
+            time.sleep(POLL_S)
 
     def _wait_closed(self, path: str) -> None:
         until = time.monotonic() + CLOSE_TIMEOUT_S
@@ -295,6 +313,15 @@ class TgtTargets:
                 with contextlib.suppress(OSError):
                     found.add(os.readlink(f"{folder}/{name}"))
         return found
+
+
+def _size(path: Path) -> int:
+    """The size of a file or a block device."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.lseek(fd, 0, os.SEEK_END)
+    finally:
+        os.close(fd)
 
 
 def _is_tgtd(pid: int) -> bool:
