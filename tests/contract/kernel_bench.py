@@ -17,7 +17,7 @@ from pathlib import Path
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.names import MIB, PoolName, VolumeName, VolumeUuid
 from imgstorage.core.ports import ContainerPlane, NasPlane
-from imgstorage.planes.kernel import care, device
+from imgstorage.planes.kernel import care, device, layout
 from imgstorage.planes.kernel.container import KernelContainer
 from imgstorage.planes.kernel.container_settings import ContainerSettings
 from imgstorage.planes.kernel.holding import Copying, Holding
@@ -37,8 +37,8 @@ class BlockGuest(Guest):
     def __init__(self, path: str) -> None:
         super().__init__([sys.executable, str(HERE / "block_guest.py"), path])
 
-    def request(self, offset: int, length: int, pattern: int) -> str:
-        return f"{offset} {length} {pattern}"
+    def request(self, offset: int, length: int, what: int | Path) -> str:
+        return f"{offset} {length} {what}"
 
     def answer(self, line: str) -> bool | None:
         return line.startswith("done")
@@ -106,7 +106,9 @@ class KernelBreaker(Breaker):
         return [*sessions, *([f"device {live.info.number} {live.info.uuid}"] if live else [])]
 
     def serving_pids(self, uuid: VolumeUuid) -> list[int]:
-        return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        """The daemons of both ends: what serves a volume here is the kernel itself."""
+        names = run(["ps", "-e", "-o", "pid=,comm="]).stdout.splitlines()
+        return [int(pid) for pid, name in (line.split(None, 1) for line in names) if name in ("iscsid", "tgtd", "sshd")]
 
     def places(self) -> list[Path]:
         return [self.settings.run_dir, self.settings.state_dir, Path("/etc/iscsi")]
@@ -128,12 +130,24 @@ class KernelBreaker(Breaker):
 
 
 def _empty(pool: PoolName) -> None:
-    lines = run(["zfs", "list", "-H", "-o", "name", "-d", "1", pool]).stdout.split()
-    for name in lines[1:]:
-        for snapshot in run(["zfs", "list", "-H", "-t", "snapshot", "-o", "name", "-r", name]).stdout.split():
-            for hold in run(["zfs", "holds", "-H", snapshot]).stdout.splitlines():
-                run(["zfs", "release", hold.split("\t")[1], snapshot])
-        run(["zfs", "destroy", "-r", name], timeout_s=60)
+    """Destroy all that is in a pool; udev may look at a device for a moment."""
+    if run(["zpool", "list", pool], check=False).exit_status:
+        run(["zpool", "import", pool])
+    said: list[str] = []
+
+    def emptied() -> bool:
+        names = run(["zfs", "list", "-H", "-o", "name", "-d", "1", pool]).stdout.split()[1:]
+        snapshots = run(["zfs", "list", "-H", "-t", "snapshot", "-o", "name", "-r", pool]).stdout.split()
+        if snapshots:
+            run(["zfs", "release", layout.HOLD, *snapshots], check=False)
+        said[:] = [run(["zfs", "destroy", "-R", name], check=False, timeout_s=60).last_line for name in names]
+        return not names
+
+    try:
+        wait_for(emptied, f"{pool} is empty")
+    except BaseException as error:
+        error.add_note(" ".join(said))
+        raise
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ PROGRAMS = {"nas": "img-storage-nas", "container": "img-storage-vm"}
 CONFIGS = {"nas": "nas.conf", "container": "vm.conf"}
 IMAGES = "/srv/images"
 COMMAND_S = 300.0
+UNMAP_S = 400.0
 READY_S = 180.0
 SETTLE_S = 300.0
 LEFT_S = 90.0
@@ -183,6 +184,11 @@ class Cluster:
         self[host].kill()
         self.boot(host)
 
+    def reboot(self, host: str) -> None:
+        """Shut a host down in order and boot it; its daemon is started once it is up."""
+        self[host].shut_down()
+        self.boot(host)
+
     def boot(self, host: str) -> None:
         """Start a host whose power was cut, and its daemon."""
         self[host].start()
@@ -288,8 +294,12 @@ class Cluster:
 
     def map(self, volume: str, *words: str, host: str = CONTAINER) -> str:
         """``add host storagemap``; the device."""
-        line = f"add host storagemap {NAS} tank {volume} {host} {SIZE_MIB}M {' '.join(words)}"
-        device = self.well(line).stdout.splitlines()[-1]
+        return self.mapped(volume, self.well(map_line(volume, *words, host=host)))
+
+    def mapped(self, volume: str, result: Result) -> str:
+        """The device that a command has mapped, which has to have succeeded."""
+        assert result.exit_status == 0, f"{result.stdout}{result.stderr}"
+        device = result.stdout.splitlines()[-1]
         assert device.startswith(f"/dev/mapper/{volume}"), device
         return device
 
@@ -297,6 +307,14 @@ class Cluster:
         """``remove host storagemap``, up to the end."""
         self.well(f"remove host storagemap {NAS} {volume} {' '.join(words)}", within_s)
         assert self.row(volume)["state"] == "unmapped"
+
+    def unmapping(self, volume: str, *words: str) -> Future[Result]:
+        """``remove host storagemap`` while the test goes on."""
+        return self.asked(f"remove host storagemap {NAS} {volume} {' '.join(words)}", UNMAP_S)
+
+    def pulling(self, volume: str) -> Future[Result]:
+        """``sync host storagemap`` while the test goes on."""
+        return self.asked(f"sync host storagemap {NAS} {volume}", UNMAP_S)
 
     def wait_local(self, volume: str, within_s: float = SETTLE_S) -> None:
         """Wait until a volume is whole on its container and needs its NAS no more."""
@@ -360,6 +378,11 @@ class Cluster:
                 show = guest.run(["sh", "-c", seen.PICTURE], check=False)
                 parts.append(f"--- {guest.name}\n{show.stdout}{show.stderr}")
         return "\n".join(parts)
+
+
+def map_line(volume: str, *words: str, host: str = CONTAINER) -> str:
+    """The command that maps a volume."""
+    return f"add host storagemap {NAS} tank {volume} {host} {SIZE_MIB}M {' '.join(words)}"
 
 
 def _tail(path: Path, lines: int = 40) -> str:

@@ -1,8 +1,8 @@
 """A real virtual machine, in a guest of the lab: its kernel and its root come from the volume's device.
 
-As with pygrub, whoever starts the machine takes the kernel out of the device's file system; the machine then mounts that
-device and writes to it while the volume is copied, merged and local. It turns itself off, the volume goes back, and the
-NAS has a clean file system with every file that the machine said it had flushed.
+As with pygrub, whoever starts the machine takes the kernel out of the device's file system; the machine then mounts
+that device and writes to it while the volume is copied, merged and local. It turns itself off, the volume goes back,
+and the NAS has a clean file system with every file that the machine said it had flushed.
 """
 
 from __future__ import annotations
