@@ -98,6 +98,7 @@ def test_what_no_record_knows_is_ended_with_the_rest(world: World, breaker: User
     assert all(start_time(pid) is None for pid in serving)
 
 
+@pytest.mark.parametrize("breaker", ["file"], indirect=True)  # NBD needs no front
 def test_a_killed_front_is_mended_alone(world: World, breaker: UserspaceBreaker) -> None:
     world.attach()
     world.write(MIB, 4096, 6)

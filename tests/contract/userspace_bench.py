@@ -180,13 +180,18 @@ def fill(folder: Path, leave_bytes: int = 0) -> Path:
 
 
 @contextlib.contextmanager
+def short_folder(prefix: str) -> Iterator[Path]:
+    """A folder for sockets, whose paths have to be short."""
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+@contextlib.contextmanager
 def bench(setup: Setup) -> Iterator[Breaker]:
-    run_dir = Path(tempfile.mkdtemp(prefix="ic-"))  # short: sockets are made in it
     fuse = "on" if setup.variant == "file" else "off"
-    if fuse == "on" and not front.available(run_dir):
-        shutil.rmtree(run_dir)
-        pytest.skip("FUSE cannot be used here")
-    with small_disk(setup.tmp / "tank", setup.pool_bytes) as pool:
+    with short_folder("ic-") as run_dir, small_disk(setup.tmp / "tank", setup.pool_bytes) as pool:
+        if fuse == "on" and not front.available(run_dir):
+            pytest.skip("FUSE cannot be used here")
         settings = ContainerSettings(
             host=HOST,
             state_dir=setup.tmp / "state",
@@ -203,7 +208,6 @@ def bench(setup: Setup) -> Iterator[Breaker]:
             yield breaker
         finally:
             breaker.plane.stop()
-            shutil.rmtree(run_dir, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -212,8 +216,7 @@ def other_end(tmp: Path, image_dir: Path, pool_bytes: int) -> Iterator[NasPlane]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    folder = Path(tempfile.mkdtemp(prefix="in-"))
-    with small_disk(tmp / "nas-tank", pool_bytes) as pool:
+    with short_folder("in-") as folder, small_disk(tmp / "nas-tank", pool_bytes) as pool:
         nas = UserspaceNas(
             NasSettings(state_dir=folder, pools={TANK: pool}, import_dirs=(image_dir,), address="127.0.0.1", port=port)
         )
@@ -222,4 +225,3 @@ def other_end(tmp: Path, image_dir: Path, pool_bytes: int) -> Iterator[NasPlane]
             yield nas
         finally:
             nas.stop()
-            shutil.rmtree(folder, ignore_errors=True)

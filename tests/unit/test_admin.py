@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -54,7 +53,6 @@ def test_the_demos_arguments_are_read_without_what_is_installed_for_it() -> None
     assert told.returncode == 0, told.stderr
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_targets_that_people_guess() -> None:
     does = {
         "tests": "admin/test", "all": "admin/test", "test": "admin/test", "lint": "admin/check",
