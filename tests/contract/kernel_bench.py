@@ -78,7 +78,9 @@ class KernelBreaker(Breaker):
         wait_for(lambda: not copying.running, "its thread ends")
 
     def stop_return(self, uuid: VolumeUuid) -> None:
-        self._kill(self._holding(uuid).returning)
+        copying = self._holding(uuid).returning
+        wait_for(lambda: copying.progress.wire_bytes or not copying.running, "some bytes")
+        self._kill(copying)
 
     def restart(self) -> ContainerPlane:
         for holding in self.plane._known.all():
