@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from tests.lab import seen
-from tests.lab.cluster import SLOW_COPY, Cluster, until
+from tests.lab.cluster import CONTAINER, SLOW_COPY, Cluster, until
 from tests.lab.faults import Trace
 from tests.lab.guest import Guest
 
@@ -17,7 +17,6 @@ pytestmark = pytest.mark.timeout(1800)
 
 FILLER = "tank/full"
 LEFT_BYTES = 200_000
-LOG = "/var/log/imgstorage.log"
 FULL = "the pool is full"
 SWITCH = ["suspend", "reload", "resume"]
 
@@ -47,7 +46,7 @@ def test_a_guest_waits_before_its_cow_device_would_overflow(cluster: Cluster) ->
         until("the device is held back", lambda: suspended(cluster, name), 300)
         status = seen.dm(cluster.container)[name].status
         assert "/" in status[3], status
-        assert "nearly full" in cluster.container.run(["cat", LOG]).stdout
+        cluster.wait_said(CONTAINER, "nearly full")
         cluster.wait_local(volume)
         writer.wait_writes(5)
         assert not writer.stop().errors
@@ -64,7 +63,7 @@ def test_a_copy_that_meets_a_full_pool_waits_and_the_guest_writes_on(cluster: Cl
     with cluster.writer(volume, device) as writer:
         writer.wait_writes(3)
         fill(container)
-        until("the copy waits", lambda: container.run(["grep", FULL, LOG], check=False).stdout, 180)
+        cluster.wait_said(CONTAINER, FULL)
         writer.wait_writes(60)
         assert seen.dm(container)[device.rpartition("/")[2]].target == "snapshot"
         make_room(container)
