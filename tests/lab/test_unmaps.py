@@ -53,6 +53,7 @@ def test_an_unmap_waits_for_the_merge(cluster: Cluster) -> None:
     def unmap() -> None:
         cluster.wait_phase(volume, "merging")
         asked.append(cluster.unmapping(volume))
+        cluster.wait_said(NAS, "unmap waits for the merge")
 
     with struck(cluster, CONTAINER, MERGES, unmap):
         device = cluster.map(volume, "img_sync=yes")
@@ -116,9 +117,11 @@ def test_a_second_unmap_during_a_fold_is_the_first_one(cluster: Cluster) -> None
 
 
 def second(cluster: Cluster, volume: str, phase: str) -> Future[Result]:
-    """Unmap once more in this phase."""
+    """Unmap once more in this phase; the NAS has heard it."""
     cluster.wait_phase(volume, phase)
-    return cluster.unmapping(volume)
+    again = cluster.unmapping(volume)
+    cluster.wait_said(NAS, "already being unmapped")
+    return again
 
 
 def same_operation(first: Future[Result], again: Future[Result]) -> None:

@@ -21,7 +21,7 @@ from imgstorage.planes.kernel.holding import RETRY_S, Copying, Holding
 from imgstorage.planes.kernel.record import CopyPhase
 from imgstorage.planes.kernel.talk import Hello, Request, Verb
 from imgstorage.tools.pipeline import Pipeline
-from imgstorage.tools.zfs import datasets, properties, snapshots, streams
+from imgstorage.tools.zfs import changes, datasets, snapshots, streams
 from imgstorage.tools.zfs.snapshots import Snapshot
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def _snapshot(holding: Holding, copying: Copying, *, pull: bool) -> Snapshot:
             datasets.set_properties(holding.local, {"refreservation": "none"})
         snapshots.snapshot(f"{holding.local}@{short}")
         there = {one.short: one for one in zvols.ours(holding.local)}
-    if not pull and properties.written_since(holding.local, short):
+    if not pull and not changes.unchanged_since(holding.local, short):
         raise ImgStorageError("diverged", f"{holding.local} was written to after {short}")
     return there[short]
 
