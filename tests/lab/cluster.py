@@ -109,8 +109,8 @@ class Cluster:
 
     # -- life
 
-    def prepare(self) -> None:
-        """Start the broker, set up the guests, and start their daemons."""
+    def prepare(self, **nas: object) -> None:
+        """Start the broker, set up the guests, and start their daemons; ``nas`` is added to the NAS's configuration."""
         self._folder.mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, "-m", "tests.lab.broker", str(self._folder), *self.lab.names]
         self._url = self._here(argv, COMMAND_S).stdout.strip()
@@ -120,7 +120,7 @@ class Cluster:
         for guest in self.lab:
             user = party_of(Host(name=guest.name, role=broker.role(guest.name))).user
             guest.put("/etc/imgstorage/broker.password", self._secret(user).read_bytes(), 0o600)
-            self.configure(guest.name)
+            self.configure(guest.name, **(nas if guest is self.nas else {}))
         for guest in self.containers():
             guest.put("/etc/rc.local", RC_LOCAL.encode(), 0o755)
             guest.run(["iscsid"])

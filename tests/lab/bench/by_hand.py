@@ -156,7 +156,7 @@ def export(container: str, initiator: str, size_bytes: int, writable: bool, lio:
 
 
 def _export_lio(steps: Steps, address: str, initiator: str, path: Path, writable: bool) -> None:
-    from imgstorage.tools import lio
+    from imgstorage.tools import lio  # needs rtslib
 
     storage = lio.Storage(name=SERIAL, path=str(path), serial=SERIAL, readonly=not writable)
     who = lio.Initiator(name=initiator, user=USER, secret=SECRET, luns=((LUN, not writable),))

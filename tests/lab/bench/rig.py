@@ -170,9 +170,7 @@ def rig(options: Options, say: Callable[[str], None]) -> Iterator[Rig]:
             for guest in lab:
                 guest.run(["zpool", "create", "-f", "tank", "/dev/disk/by-id/virtio-tank"])
             cluster = Cluster(lab, folder / "here", environment(), log_level="debug")
-            cluster.prepare()
-            if options.target != "tgt":
-                cluster.configure(NAS, target=options.target)
+            cluster.prepare(target=options.target)
             cluster.begin()
             try:
                 yield Rig(cluster, options, folder, say)
