@@ -8,6 +8,9 @@ Rules
   portal. It knows nothing after a restart: whoever calls :meth:`Targets.ensure` makes the targets again.
 * A target is offered in this order: target, LUN, its parameters, account, and the access list last, so nobody
   gets in before read-only and CHAP hold. One that is not exactly as wanted is removed and made again.
+* A LUN keeps the size that its file had when it was made. Making it anew within its target fails what comes meanwhile
+  (ILLEGAL REQUEST: a writer saw 129 errors); making the whole target anew fails nothing, for an initiator logs in again
+  and sends again what was not answered.
 * A target counts as removed when tgtd neither lists it nor has its file open: a write that was under way has
   ended by then.
 * One lock around each change: target numbers are used again, and two threads must not mean the same one.
@@ -104,6 +107,7 @@ class Targets:
         self._guard = threading.RLock()
         self._depth = 0
         self._secrets: dict[str, str] = {}
+        self._sizes: dict[str, int] = {}
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -256,7 +260,17 @@ class Targets:
                 self._tgt.bind_account(mine.tid, offer.user)
             self._secrets[offer.iqn] = mark
 
+    def renew(self, offer: Offer, secret: str) -> None:
+        """Make a target whose file or device has grown. Who is logged in waits, and goes on by itself."""
+        with self._locked():
+            seen = self._tgt.targets()
+            mine = next((target for target in seen if target.name == offer.iqn), None)
+            if mine is not None and self._sizes.get(offer.iqn) != _size(offer.path):
+                self._remove(mine)
+            self.offer(offer, secret, lambda _: [])
+
     def _make(self, offer: Offer, secret: str, taken: set[int]) -> None:
+        size = _size(offer.path)
         tid = next(number for number in range(1, len(taken) + 2) if number not in taken)
         params = {"scsi_sn": offer.serial, "thin_provisioning": "1", "readonly": "1" if offer.readonly else "0"}
         self._tgt.new_target(tid, offer.iqn)
@@ -267,6 +281,7 @@ class Targets:
         made = next((target for target in self._tgt.targets() if target.tid == tid), None)
         if made is None or not offer.is_made(made):
             raise ImgStorageError("failed", f"target {offer.iqn} is not as it should be: {made}")
+        self._sizes[offer.iqn] = size
 
     def remove(self, which: Callable[[Target], bool]) -> None:
         """Remove the targets that ``which`` picks, whatever their sessions, and see that they are gone."""
@@ -276,7 +291,8 @@ class Targets:
                     self._remove(target)
 
     def _remove(self, target: Target) -> None:
-        self._tgt.delete_target(target.tid, force=True)
+        self._delete(target)
+        self._sizes.pop(target.name, None)
         for user in target.accounts:
             self._tgt.delete_account(user)
         self._secrets.pop(target.name, None)
@@ -287,6 +303,17 @@ class Targets:
         for lun in target.luns:
             if lun.number and lun.path not in still:
                 self._wait_closed(lun.path)
+
+    def _delete(self, target: Target) -> None:
+        until = time.monotonic() + CLOSE_TIMEOUT_S
+        while True:
+            try:
+                self._tgt.delete_target(target.tid, force=True)
+                return
+            except ImgStorageError as error:
+                if error.code != "in_use" or time.monotonic() > until:
+                    raise
+            time.sleep(POLL_S)
 
     def _wait_closed(self, path: str) -> None:
         until = time.monotonic() + CLOSE_TIMEOUT_S
@@ -306,6 +333,15 @@ class Targets:
                 with contextlib.suppress(OSError):
                     found.add(os.readlink(f"{folder}/{name}"))
         return found
+
+
+def _size(path: Path) -> int:
+    """The size of a file or a block device."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.lseek(fd, 0, os.SEEK_END)
+    finally:
+        os.close(fd)
 
 
 def _is_tgtd(pid: int) -> bool:
