@@ -34,6 +34,7 @@ def plane(config: NasConfig) -> UserspaceNas | KernelNas:
                 port=config.port,
                 transfer_port=config.transfer_port,
                 know_by=config.know_by,
+                target=config.target,
             )
         )
     from imgstorage.planes.userspace.nas import NasSettings, UserspaceNas
@@ -53,7 +54,8 @@ def plane(config: NasConfig) -> UserspaceNas | KernelNas:
 def build(config: DaemonConfig, world: World) -> NasEngine:
     """The NAS's engine on its plane. Raises ImgStorageError."""
     assert isinstance(config, NasConfig)  # noqa: S101
-    return NasEngine(world, NasStore(config.state_dir / "img_storage.db"), plane(config), config.trash_s)
+    store = NasStore(config.state_dir / "img_storage.db")
+    return NasEngine(world, store, plane(config), config.trash_s, config.map_deadline_s)
 
 
 def party(config: DaemonConfig) -> topology.Party:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 30.0
 DEADLINE_S = 60.0
-"""How long exporting and attaching may take together with their repetitions."""
+"""How long exporting, and then attaching, may take with their repetitions, if nobody says otherwise."""
 RETELL_S = 5.0
 """How long a container may be silent before it is told again."""
 DATABASE_PAUSE_S = 2.0
@@ -80,7 +80,8 @@ class _Way:
 class Driver:
     """Drives the mappings of one NAS. Thread-safe."""
 
-    def __init__(self, world: World, records: NasRecords, book: Book) -> None:
+    def __init__(self, world: World, records: NasRecords, book: Book, deadline_s: float = DEADLINE_S) -> None:
+        self._deadline_s = deadline_s
         self._records, self._book, self._clock, self._tasks = records, book, world.clock, world.tasks
         self._lock = threading.RLock()
         self._steps: Steps | None = None
@@ -247,7 +248,7 @@ class Driver:
             if (current.generation, current.phase) == (generation, phase):
                 self._result(volume, ev.TimedOut(), generation)
 
-        left = self._records.times(volume).since + DEADLINE_S - self._clock.now()
+        left = self._records.times(volume).since + self._deadline_s - self._clock.now()
         self._run(f"deadline:{volume}", passed, max(left, 0.0))
 
     def restarted(self, mapping: Mapping) -> None:

@@ -48,7 +48,7 @@ from imgstorage.core.ports import CopyState, NasPlane, Progress
 from imgstorage.core.post import Letter
 from imgstorage.core.records import NasRecords
 from imgstorage.engine.book import Book
-from imgstorage.engine.driver import MAY_RUN, Driver
+from imgstorage.engine.driver import DEADLINE_S, MAY_RUN, Driver
 from imgstorage.engine.inbox import Handler, Inbox
 from imgstorage.engine.jobs import Jobs
 from imgstorage.engine.nas_steps import TOLD, NasSteps, driving
@@ -77,12 +77,19 @@ STEPS = frozenset(step.value for step in TOLD)
 class NasEngine:
     """One NAS. ``start`` once the post works; then ``receive`` letters; ``look`` runs by itself."""
 
-    def __init__(self, world: World, records: NasRecords, plane: NasPlane, trash_s: float = TRASH_S) -> None:
+    def __init__(
+        self,
+        world: World,
+        records: NasRecords,
+        plane: NasPlane,
+        trash_s: float = TRASH_S,
+        map_deadline_s: float = DEADLINE_S,
+    ) -> None:
         self._trash_s = trash_s
         self._host, self._post, self._clock, self._tasks = world.host, world.post, world.clock, world.tasks
         self._records, self._plane = records, plane
         self._book = Book(world, records)
-        self._driver = Driver(world, records, self._book)
+        self._driver = Driver(world, records, self._book, map_deadline_s)
         self._steps = NasSteps(world, records, plane, self._release_soon)
         self._driver.use(self._steps)
         self._jobs = Jobs(world, records, plane, self._driver, self._book)

@@ -50,18 +50,18 @@ class Guest(ABC):
         )
 
     @abstractmethod
-    def request(self, offset: int, length: int, pattern: int) -> str:
-        """The line that asks for a write."""
+    def request(self, offset: int, length: int, what: int | Path) -> str:
+        """The line that asks for a write: of one byte over and over, or of what is in a file."""
 
     @abstractmethod
     def answer(self, line: str) -> bool | None:
         """Whether a line says that it was done; None if it says nothing of it."""
 
-    def write(self, offset: int, length: int, pattern: int) -> bool:
+    def write(self, offset: int, length: int, what: int | Path) -> bool:
         """Write and flush; False if the device refused or the program is gone."""
         assert self.process.stdin and self.process.stdout
         try:
-            self.process.stdin.write(self.request(offset, length, pattern) + "\n")
+            self.process.stdin.write(self.request(offset, length, what) + "\n")
             self.process.stdin.flush()
         except OSError:
             return False

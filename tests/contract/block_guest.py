@@ -1,7 +1,7 @@
 """A guest for block devices: writes, past every cache, what each line on its stdin says.
 
-``OFFSET LENGTH PATTERN`` is answered with ``done`` or ``failed REASON``. O_DIRECT wants memory at page boundaries: it
-comes from mmap.
+``OFFSET LENGTH WHAT`` is answered with ``done`` or ``failed REASON``; WHAT is a byte's number, or a file of that
+length. O_DIRECT wants memory at page boundaries: it comes from mmap.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+from pathlib import Path
 
 MOST = 1 << 20
 
@@ -18,11 +19,16 @@ def main(path: str) -> None:
     device = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_DSYNC)
     memory = mmap.mmap(-1, MOST)
     for line in sys.stdin:
-        offset, length, pattern = (int(word) for word in line.split())
-        memory[:] = bytes([pattern]) * MOST
+        where, long, what = line.split()
+        offset, length = int(where), int(long)
+        if what.isdigit():
+            memory[:] = bytes([int(what)]) * MOST
+        data = b"" if what.isdigit() else Path(what).read_bytes()
         try:
             while length:
                 part = min(length, MOST)
+                if data:
+                    memory[:part], data = data[:part], data[part:]
                 with memoryview(memory) as view:
                     done = os.pwrite(device, view[:part], offset)
                 offset, length = offset + done, length - done

@@ -199,6 +199,16 @@ class World:
         assert guest.write(offset, length, pattern)
         self.model[offset : offset + length] = bytes([pattern]) * length
 
+    def scribble(self, offset: int, length: int) -> None:
+        """As :meth:`write`, with bytes that cannot be compressed: what moves them moves all of them."""
+        data = os.urandom(length)
+        source = self.folder / f"noise-{uuid.uuid4().hex}"
+        source.write_bytes(data)
+        guest = self.guests[-1] if self.guests else self.guest()
+        assert guest.write(offset, length, source)
+        source.unlink()
+        self.model[offset : offset + length] = data
+
     # -- oracles --------------------------------------------------------------------------------------------
 
     def assert_bytes(self, path: Path) -> None:
@@ -280,14 +290,15 @@ class Writer:
             guest.close()
 
 
-def picture(path: Path, seed: int = 7) -> bytearray:
-    """A disk image with data, zeros, and holes; returns its bytes."""
+def picture(path: Path, *, full: bool, seed: int = 7) -> bytearray:
+    """A disk image with data, zeros, and holes, or full of data that cannot be compressed; returns its bytes."""
     dice = random.Random(seed)
     data = bytearray(SIZE)
+    length = SIZE if full else (1 << 20) + 5 * 512
     with open(path, "wb") as image:
         image.truncate(SIZE)
-        for start in (0, 3 << 20, (9 << 20) + 4096, SIZE - 5 * 512 - (1 << 20)):
-            part = dice.randbytes((1 << 20) + 5 * 512)[: SIZE - start]
+        for start in (0,) if full else (0, 3 << 20, (9 << 20) + 4096, SIZE - length):
+            part = dice.randbytes(length)
             data[start : start + len(part)] = part
             image.seek(start)
             image.write(part)
@@ -332,10 +343,12 @@ def container_plane(breaker: Breaker) -> ContainerPlane:
     return breaker.plane
 
 
-def new_world(nas: NasPlane, breaker: Breaker, tmp_path: Path, import_dir: Path, *, mode: Mode, name: str) -> World:
+def new_world(
+    nas: NasPlane, breaker: Breaker, tmp_path: Path, import_dir: Path, *, mode: Mode, name: str, full: bool
+) -> World:
     """A volume with a picture on it, granted and not yet exported."""
     image = import_dir / f"{name}.img"
-    model = picture(image)
+    model = picture(image, full=full)
     volume = Volume(uuid=VolumeUuid(str(uuid.uuid4())), pool=TANK, name=VolumeName(name), size_bytes=SIZE, version="v1")
     nas.import_image(volume, nas.image_info(str(image)))
     grant = Grant(
@@ -377,8 +390,8 @@ def make_world(
 ) -> Iterator[Callable[..., World]]:
     made: list[World] = []
 
-    def make(mode: Mode = Mode.SYNC, name: str = "vol1") -> World:
-        made.append(new_world(other_end, breaker, tmp_path, image_dir, mode=mode, name=name))
+    def make(mode: Mode = Mode.SYNC, name: str = "vol1", full: bool = False) -> World:
+        made.append(new_world(other_end, breaker, tmp_path, image_dir, mode=mode, name=name, full=full))
         return made[-1]
 
     yield make

@@ -1,7 +1,7 @@
 """The bench of the kernel plane, in a guest of the lab: zpool ``tank`` is the NAS's, ``pond`` the container's.
 
 NAS and container are on one host, over loopback: real zvols, tgt, open-iscsi, device-mapper and ssh. It needs root, an
-iscsid that runs, and nothing in the two pools.
+iscsid that runs under the initiator name of compute-0-0, and nothing in the two pools.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.names import MIB, PoolName, VolumeName, VolumeUuid
 from imgstorage.core.ports import ContainerPlane, NasPlane
-from imgstorage.planes.kernel import care, device
+from imgstorage.planes.kernel import care, device, layout
 from imgstorage.planes.kernel.container import KernelContainer
 from imgstorage.planes.kernel.container_settings import ContainerSettings
 from imgstorage.planes.kernel.holding import Copying, Holding
@@ -35,10 +35,10 @@ class BlockGuest(Guest):
     """A program of our own: it opens block devices past every cache."""
 
     def __init__(self, path: str) -> None:
-        super().__init__([sys.executable, str(HERE / "block_guest.py"), path])
+        super().__init__([sys.executable, "-IS", str(HERE / "block_guest.py"), path])
 
-    def request(self, offset: int, length: int, pattern: int) -> str:
-        return f"{offset} {length} {pattern}"
+    def request(self, offset: int, length: int, what: int | Path) -> str:
+        return f"{offset} {length} {what}"
 
     def answer(self, line: str) -> bool | None:
         return line.startswith("done")
@@ -78,7 +78,9 @@ class KernelBreaker(Breaker):
         wait_for(lambda: not copying.running, "its thread ends")
 
     def stop_return(self, uuid: VolumeUuid) -> None:
-        self._kill(self._holding(uuid).returning)
+        copying = self._holding(uuid).returning
+        wait_for(lambda: copying.progress.wire_bytes or not copying.running, "some bytes")
+        self._kill(copying)
 
     def restart(self) -> ContainerPlane:
         for holding in self.plane._known.all():
@@ -106,7 +108,9 @@ class KernelBreaker(Breaker):
         return [*sessions, *([f"device {live.info.number} {live.info.uuid}"] if live else [])]
 
     def serving_pids(self, uuid: VolumeUuid) -> list[int]:
-        return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        """The daemons of both ends: what serves a volume here is the kernel itself."""
+        names = run(["ps", "-e", "-o", "pid=,comm="]).stdout.splitlines()
+        return [int(pid) for pid, name in (line.split(None, 1) for line in names) if name in ("iscsid", "tgtd", "sshd")]
 
     def places(self) -> list[Path]:
         return [self.settings.run_dir, self.settings.state_dir, Path("/etc/iscsi")]
@@ -128,12 +132,24 @@ class KernelBreaker(Breaker):
 
 
 def _empty(pool: PoolName) -> None:
-    lines = run(["zfs", "list", "-H", "-o", "name", "-d", "1", pool]).stdout.split()
-    for name in lines[1:]:
-        for snapshot in run(["zfs", "list", "-H", "-t", "snapshot", "-o", "name", "-r", name]).stdout.split():
-            for hold in run(["zfs", "holds", "-H", snapshot]).stdout.splitlines():
-                run(["zfs", "release", hold.split("\t")[1], snapshot])
-        run(["zfs", "destroy", "-r", name], timeout_s=60)
+    """Destroy all that is in a pool; udev may look at a device for a moment."""
+    if run(["zpool", "list", pool], check=False).exit_status:
+        run(["zpool", "import", pool])
+    said: list[str] = []
+
+    def emptied() -> bool:
+        names = run(["zfs", "list", "-H", "-o", "name", "-d", "1", pool]).stdout.split()[1:]
+        snapshots = run(["zfs", "list", "-H", "-t", "snapshot", "-o", "name", "-r", pool]).stdout.split()
+        if snapshots:
+            run(["zfs", "release", layout.HOLD, *snapshots], check=False)
+        said[:] = [run(["zfs", "destroy", "-R", name], check=False, timeout_s=60).last_line for name in names]
+        return not names
+
+    try:
+        wait_for(emptied, f"{pool} is empty")
+    except BaseException as error:
+        error.add_note(" ".join(said))
+        raise
 
 
 @contextlib.contextmanager

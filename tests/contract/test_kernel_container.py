@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from imgstorage.core.mapping import Held
+from imgstorage.core.mapping import Held, Mode
 from imgstorage.core.ports import CopyState, ReturnKind
-from imgstorage.planes.kernel import cow, device
+from imgstorage.planes.kernel import caches, cow, device
 from imgstorage.tools.dmsetup import devices as dm
 from imgstorage.tools.run import run
-from tests.contract.container_fixtures import SIZE, World, wait_for
+from tests.contract.container_fixtures import SIZE, TANK, World, wait_for
 from tests.contract.kernel_bench import KernelBreaker
+from tests.contract.test_container_plane import refused
 
 pytest_plugins = ("tests.contract.container_fixtures",)
 pytestmark = pytest.mark.real
@@ -54,6 +55,40 @@ def test_a_cow_device_that_is_nearly_full_holds_writes_back_until_the_merge(
         world.model[20 * MIB : 20 * MIB + 4096] = bytes([8]) * 4096
         world.close_guests()
         world.assert_device()
+
+
+def test_room_for_a_pull_is_kept_from_other_volumes(make_world: Callable[..., World]) -> None:
+    def worst(size: int) -> int:
+        return caches.worst_bytes(size, cow.wanted_bytes(size, 100))
+
+    world, other = make_world(), make_world(name="other")
+    world.attach()
+    world.make_local()
+    (pool,) = world.container.pools()
+    size = next(size for size in range(pool.free_bytes // 3, 0, -MIB) if worst(size) <= pool.free_bytes - 8 * MIB)
+    large = replace(other.grant.volume, size_bytes=size)
+    refused("no_space", lambda: world.container.check(large, Mode.SYNC, None))
+    world.pull()
+    world.detach()
+    world.write_back()
+    assert world.container.check(large, Mode.SYNC, None) == world.breaker.pool
+
+
+def test_a_way_back_that_met_a_full_nas_goes_on_by_itself(world: World) -> None:
+    world.attach()
+    world.make_local()
+    world.scribble(2 * MIB, 20 * MIB)
+    world.detach()
+    port = world.port(ReturnKind.WRITE_BACK)
+    free = int(run(["zfs", "get", "-Hpo", "value", "available", TANK]).stdout)
+    run(["zfs", "create", "-o", f"reservation={free - 8 * MIB}", "-o", "mountpoint=none", f"{TANK}/full"])
+    world.container.send_back(world.uuid, world.generation, port)
+    wait_for(lambda: world.progress().state is CopyState.PAUSED, "it pauses")
+    assert "NAS" in world.progress().reason
+    run(["zfs", "destroy", f"{TANK}/full"])
+    wait_for(lambda: world.progress().state is CopyState.DONE, "it goes on")
+    world.pulled(world.progress().digest)
+    world.assert_nas()
 
 
 def test_a_cache_is_the_base_of_the_next_copy(world: World) -> None:

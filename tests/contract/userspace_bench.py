@@ -32,8 +32,8 @@ class QemuGuest(Guest):
     def __init__(self, path: str) -> None:
         super().__init__(["qemu-io", "-f", "raw", "-t", "writethrough", path])
 
-    def request(self, offset: int, length: int, pattern: int) -> str:
-        return f"write -P {pattern} {offset} {length}"
+    def request(self, offset: int, length: int, what: int | Path) -> str:
+        return f"write {'-s' if isinstance(what, Path) else '-P'} {what} {offset} {length}"
 
     def answer(self, line: str) -> bool | None:
         if "failed" in line or "rror" in line:

@@ -4,8 +4,8 @@ Rules
 
 * What a test does it does by the project's commands (:meth:`Cluster.well`); what it claims it reads from the real
   tools in the guests (``seen.py``), or from rows of ``list host storagemap``.
-* The daemons' files are in the guests' saved state, the daemons are not: each test starts them, and may kill them.
-  Nobody starts them again but the test.
+* The daemons in the guests are in the saved state, running and idle: starting them takes longer than most of what is
+  tested. Each test has a frontend of its own. A test may kill any of them; nobody starts them again but the test.
 * Bytes are compared on the NAS: its zvol against the image it was made of and the writer's log (``writer.py``).
 """
 
@@ -32,14 +32,17 @@ from tests.lab import broker, seen, writer
 from tests.lab.build_code import TOP
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
-from tests.lab.network import guest_address
+from tests.lab.network import HOST_ADDRESS, guest_address
 from tests.lab.writer import Writer
 
 NAS, CONTAINER = "nas-0-0", "compute-0-0"
 PROGRAMS = {"nas": "img-storage-nas", "container": "img-storage-vm"}
 CONFIGS = {"nas": "nas.conf", "container": "vm.conf"}
 IMAGES = "/srv/images"
+LOG = "/var/log/imgstorage.log"
 COMMAND_S = 300.0
+MAP_S = 240
+UNMAP_S = 400.0
 READY_S = 180.0
 SETTLE_S = 300.0
 LEFT_S = 90.0
@@ -106,7 +109,7 @@ class Cluster:
     # -- life
 
     def prepare(self) -> None:
-        """Start the broker, and put everything into the guests but the running daemons."""
+        """Start the broker, set up the guests, and start their daemons."""
         self._folder.mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, "-m", "tests.lab.broker", str(self._folder), *self.lab.names]
         self._url = self._here(argv, COMMAND_S).stdout.strip()
@@ -120,27 +123,33 @@ class Cluster:
         for guest in self.containers():
             guest.put("/etc/rc.local", RC_LOCAL.encode(), 0o755)
             guest.run(["iscsid"])
+        self.start_frontend()
+        for guest in self.lab:
+            self.start(guest.name)
+        self.wait_ready()
+        self.kill_frontend()
         for guest in self.lab:
             guest.run(["sync"])  # a power cut is to find a host that was set up long ago
 
     def begin(self, **settings: object) -> None:
-        """Start frontend and daemons, which know nothing yet, and wait until all of them answer.
+        """Start a frontend; wait until all daemons, which know of no volume yet, answer.
 
-        ``settings`` are added to the containers' configuration.
+        ``settings`` are added to the containers' configuration; their daemons are then started anew.
         """
-        # The broker still has the connections of daemons that the restored guests have never heard of.
-        for name in self.lab.names:
-            self._here(["ss", "-K", "dst", self.address(name)], COMMAND_S)
+        # The broker has connections of daemons that the restored guests have never heard of, and they have others.
+        for guest in self.lab:
+            self._here(["ss", "-K", "dst", self.address(guest.name)], COMMAND_S)
+            guest.run(["ss", "-K", "dst", HOST_ADDRESS])
         for guest in self.containers():
             writer.begin_log(guest)
             if settings:
+                self.kill(guest.name)
                 self.configure(guest.name, **settings)
                 guest.run(["sync"])
+                self.start(guest.name)
         shutil.rmtree(self._folder / "frontend", ignore_errors=True)
         (self._folder / "frontend").mkdir()
         self.start_frontend()
-        for guest in self.lab:
-            self.start(guest.name)
         self.wait_ready()
 
     def end(self) -> None:
@@ -169,7 +178,7 @@ class Cluster:
 
     def start(self, host: str) -> None:
         """Start a host's daemon."""
-        pid = self[host].spawn([PROGRAMS[broker.role(host)]], log="/var/log/imgstorage.log")
+        pid = self[host].spawn([PROGRAMS[broker.role(host)]], log=LOG)
         self[host].put("/run/daemon.pid", str(pid).encode())
 
     def kill(self, host: str) -> None:
@@ -178,9 +187,18 @@ class Cluster:
         self[host].run(["kill", "-KILL", pid])
         self[host].wait_python("import os; result = not os.path.exists(f'/proc/{pid}')", pid=pid)
 
+    def wait_said(self, host: str, text: str, within_s: float = SETTLE_S) -> None:
+        """Wait until a host's daemon has said this in its log."""
+        self[host].wait_python("result = text in open(path).read()", within_s, path=LOG, text=text)
+
     def power_cut(self, host: str) -> None:
         """Cut a host's power and boot it; its daemon is started once it is up."""
         self[host].kill()
+        self.boot(host)
+
+    def reboot(self, host: str) -> None:
+        """Shut a host down in order and boot it; its daemon is started once it is up."""
+        self[host].shut_down()
         self.boot(host)
 
     def boot(self, host: str) -> None:
@@ -200,6 +218,7 @@ class Cluster:
                  "plane = kernel", "zpools = tank"]  # fmt: skip
         if role == "nas":
             lines += [f"address = {self.address(host)}", "port = 3260", f"import_dirs = {IMAGES}"]
+            lines += [f"map_deadline = {MAP_S}"]  # a machine with many labs on it is slow
             self[host].run(["mkdir", "-p", IMAGES])
         lines += [f"{key} = {value}" for key, value in settings.items()]
         self[host].put(f"/etc/imgstorage/{CONFIGS[role]}", ("\n".join(lines) + "\n").encode(), 0o600)
@@ -279,7 +298,7 @@ class Cluster:
         while not look():
             if time.monotonic() > end:
                 pytest.fail(f"after {within_s:g} s {volume} still is not {what}: {last}")
-            time.sleep(0.2)
+            time.sleep(0.5)
         return last
 
     def wait_phase(self, volume: str, *phases: str, within_s: float = SETTLE_S) -> dict[str, Any]:
@@ -288,8 +307,12 @@ class Cluster:
 
     def map(self, volume: str, *words: str, host: str = CONTAINER) -> str:
         """``add host storagemap``; the device."""
-        line = f"add host storagemap {NAS} tank {volume} {host} {SIZE_MIB}M {' '.join(words)}"
-        device = self.well(line).stdout.splitlines()[-1]
+        return self.mapped(volume, self.well(map_line(volume, *words, host=host)))
+
+    def mapped(self, volume: str, result: Result) -> str:
+        """The device that a command has mapped, which has to have succeeded."""
+        assert result.exit_status == 0, f"{result.stdout}{result.stderr}"
+        device = result.stdout.splitlines()[-1]
         assert device.startswith(f"/dev/mapper/{volume}"), device
         return device
 
@@ -297,6 +320,14 @@ class Cluster:
         """``remove host storagemap``, up to the end."""
         self.well(f"remove host storagemap {NAS} {volume} {' '.join(words)}", within_s)
         assert self.row(volume)["state"] == "unmapped"
+
+    def unmapping(self, volume: str, *words: str) -> Future[Result]:
+        """``remove host storagemap`` while the test goes on."""
+        return self.asked(f"remove host storagemap {NAS} {volume} {' '.join(words)}", UNMAP_S)
+
+    def pulling(self, volume: str) -> Future[Result]:
+        """``sync host storagemap`` while the test goes on."""
+        return self.asked(f"sync host storagemap {NAS} {volume}", UNMAP_S)
 
     def wait_local(self, volume: str, within_s: float = SETTLE_S) -> None:
         """Wait until a volume is whole on its container and needs its NAS no more."""
@@ -360,6 +391,11 @@ class Cluster:
                 show = guest.run(["sh", "-c", seen.PICTURE], check=False)
                 parts.append(f"--- {guest.name}\n{show.stdout}{show.stderr}")
         return "\n".join(parts)
+
+
+def map_line(volume: str, *words: str, host: str = CONTAINER) -> str:
+    """The command that maps a volume."""
+    return f"add host storagemap {NAS} tank {volume} {host} {SIZE_MIB}M {' '.join(words)}"
 
 
 def _tail(path: Path, lines: int = 40) -> str:

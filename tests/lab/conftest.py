@@ -5,8 +5,9 @@ guests of its mark, ``@pytest.mark.hosts("nas-0-0", "compute-0-0", "compute-0-1"
 a pool ``tank`` on its disk ``tank``; no daemon of the project runs, nor tgtd, nor iscsid. ``cluster`` is a whole
 cluster on such guests: broker, frontend, and the daemons in the guests, all running.
 
-Scenarios (tests that use ``cluster``): those marked ``ci`` are run each time, and some of the others, chosen by a seed
-that is printed; ``--lab-seed`` repeats a choice, ``--all`` runs every one.
+Scenarios (tests that use ``cluster``) and parts of the contract suites (``contract``): those marked ``ci`` are run
+each time, and some of the others, chosen by a seed that is printed; ``--lab-seed`` repeats a choice, ``--all`` runs
+every one.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ import pytest
 
 from imgstorage.tools.run import environment
 from tests.lab.build import MARK
-from tests.lab.cluster import Cluster
+from tests.lab.cluster import NAS, Cluster
 from tests.lab.lab import HOSTS, Lab
 
 HERE = Path(__file__).parent
 BASE, WITH_CLUSTER = "base", "cluster"
-ROTATED = 4
+ROTATED = 6
 """How many of the scenarios that are not marked are chosen for a run."""
 collect_ignore_glob = [] if MARK in os.environ else ["test_*.py"]
 _skipped: list[str] = []
+_ran: dict[str, tuple[str, float]] = {}
+"""What each test came to, and how long it took with all that was done for it, in seconds."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,12 +43,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "hosts(*names): the guests that a test in the lab needs")
     config.addinivalue_line("markers", "container(**settings): what the containers of a scenario are configured with")
+    config.addinivalue_line("markers", "nas(**settings): what the NAS of a scenario is configured with")
     config.addinivalue_line("markers", "ci: a scenario of the lab that is run each time")
 
 
 def _is_scenario(item: pytest.Item) -> bool:
     # A run of all tests calls the hooks here for every folder's, of which others have a ``cluster`` too.
-    return item.path.is_relative_to(HERE) and "cluster" in getattr(item, "fixturenames", ())
+    return item.path.is_relative_to(HERE) and not {"cluster", "contract"}.isdisjoint(getattr(item, "fixturenames", ()))
 
 
 @pytest.hookimpl(trylast=True)
@@ -79,6 +83,8 @@ def pytest_runtest_makereport(
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    outcome, took_s = _ran.get(report.nodeid, ("passed", 0.0))
+    _ran[report.nodeid] = (outcome if report.passed else report.outcome, took_s + report.duration)
     if MARK in os.environ and report.skipped and not hasattr(report, "wasxfail"):
         _skipped.append(report.nodeid)
 
@@ -88,6 +94,21 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if _skipped and not hasattr(session.config, "workerinput"):
         print(f"\nskipped, which the lab counts as failed: {', '.join(_skipped)}")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Every test that ran in the lab, file by file, with what it came to and its seconds."""
+    if not _ran or MARK not in os.environ or hasattr(config, "workerinput"):
+        return
+    terminalreporter.section("what ran in the lab")
+    last = ""
+    for name, (outcome, took_s) in _ran.items():
+        file, _, test = name.partition("::")
+        if file != last:
+            total_s = sum(s for other, (_, s) in _ran.items() if other.startswith(f"{file}::"))
+            terminalreporter.write_line(f"{file}  {total_s:.0f} s")
+        last = file
+        terminalreporter.write_line(f"  {outcome:7} {took_s:5.0f} s  {test}")
 
 
 class Labs:
@@ -161,6 +182,9 @@ def cluster(
 
     _labs.at(hosts, WITH_CLUSTER, prepare)
     found = _clusters[hosts]
+    if nas := request.node.get_closest_marker("nas"):
+        found.configure(NAS, **nas.kwargs)
+        found.nas.run(["sync"])
     found.begin(**(settings.kwargs if (settings := request.node.get_closest_marker("container")) else {}))
     yield found
     found.end()

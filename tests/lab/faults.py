@@ -1,40 +1,52 @@
-"""Kills at one exact moment: before or after one call of a real tool.
+"""Faults at one exact moment: before or after one call of a real tool.
 
 A tool's place in the search path is taken by a few lines of shell that call the real one. At the call that is meant,
-they kill the daemon (as ``kill -9``) or the whole machine (``sysrq b``: nothing is synced; QEMU ends, as after a power
-cut), once.
+once, they kill the daemon (as ``kill -9``), or they hold the call: what is to happen at that moment is done meanwhile,
+a power cut or anything else, and then the call goes on, if there still is somebody who can.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from imgstorage.core.errors import ImgStorageError
 from tests.lab.cluster import Cluster
 from tests.lab.guest import Guest
 
 PLACE = "/usr/local/sbin"
 STRUCK = "/run/struck"
-KILLS = {"daemon": "kill -9 $(cat /run/daemon.pid)", "power": "echo b >/proc/sysrq-trigger; sleep 60"}
+GO = "/run/strike.go"
+HOLD = f"until [ -e {GO} ]; do sleep 0.05; done; rm {GO}"
+EXISTS = "import os; result = os.path.exists(path)"
+EACH = 0
+POLL_S = 0.1
+DEEDS = {"daemon": "kill -9 $(cat /run/daemon.pid)", "power": HOLD, "hold": HOLD}
 SHELL = """\
 #!/bin/sh
 case " $* " in
-    {pattern}) echo >>/run/strike.calls; if [ "$(wc -l </run/strike.calls)" -eq {nth} ]; then strike=1; fi ;;
+    {pattern}) echo >>/run/strike.calls; case "$(wc -l </run/strike.calls)" in {nth}) strike=1 ;; esac ;;
 esac
-if [ "$strike" ] && [ {when} = before ]; then touch {struck}; {kill}; exit 1; fi
+if [ "$strike" ] && [ {when} = before ]; then touch {struck}; {deed}; {otherwise}; strike=; fi
 {real} "$@"
 status=$?
-if [ "$strike" ]; then touch {struck}; {kill}; fi
+if [ "$strike" ]; then touch {struck}; {deed}; fi
 exit $status
 """
 
 
 @dataclass(frozen=True)
 class Strike:
-    """At the ``nth`` call of ``tool`` with ``words`` in its arguments, ``when`` (before, after): kill ``what``."""
+    """At the ``nth`` call of ``tool`` with ``words`` in its arguments, ``when`` (before, after): ``what``.
+
+    ``daemon`` is killed, or ``power`` is cut, or there is a ``hold`` until :meth:`release`. Between words ``|`` means
+    any of them. ``nth`` may be EACH, for a ``hold``.
+    """
 
     tool: str
     words: str
@@ -47,20 +59,38 @@ class Strike:
 
     def arm(self, guest: Guest) -> None:
         """From now on in this guest."""
-        guest.run(["rm", "-f", STRUCK, "/run/strike.calls"])
+        guest.run(["rm", "-f", STRUCK, GO, "/run/strike.calls"])
         real = real_path(guest, self.tool)
         text = SHELL.format(
-            pattern=f"*' '{shlex.quote(self.words)}' '*", nth=self.nth, when=self.when, struck=STRUCK,
-            kill=KILLS[self.what], real=real,
+            pattern="|".join(f"*' '{shlex.quote(words)}' '*" for words in self.words.split("|")),
+            nth=self.nth or "*", when=self.when, struck=STRUCK,
+            deed=DEEDS[self.what], otherwise="exit 1" if self.what == "daemon" else ":", real=real,
         )  # fmt: skip
         guest.put(f"{PLACE}/{self.tool}", text.encode(), 0o755)
 
+    def fell(self, guest: Guest) -> bool:
+        """Whether it struck."""
+        return bool(guest.python(EXISTS, path=STRUCK))
+
     def wait(self, guest: Guest, within_s: float = 180.0) -> None:
-        """Wait until it struck. Raises ``timeout``."""
-        if self.what == "daemon":
-            guest.wait_python("import os; result = os.path.exists(path)", within_s, path=STRUCK)
-        else:
-            guest.wait_off(within_s)
+        """Wait until it struck, and cut the power if that is what it is. Raises ``timeout``."""
+        guest.wait_python(EXISTS, within_s, path=STRUCK)
+        if self.what == "power":
+            guest.kill()
+
+    def release(self, guest: Guest) -> None:
+        """Let a call that is held go on; wait until it does."""
+        guest.run(["rm", "-f", STRUCK])
+        guest.put(GO, b"")
+        guest.wait_python(f"{EXISTS}\nresult = not result", path=GO)
+
+    def revive(self, cluster: Cluster, host: str) -> None:
+        """Start again what died; the tool is itself again."""
+        if self.what == "power":
+            cluster[host].start()
+            cluster[host].wait_ready()
+        self.disarm(cluster[host])
+        cluster.start(host)
 
     def disarm(self, guest: Guest) -> None:
         """The tool itself again."""
@@ -73,25 +103,48 @@ def real_path(guest: Guest, tool: str) -> str:
 
 
 @contextmanager
-def struck(cluster: Cluster, host: str, strike: Strike, within_s: float = 300.0) -> Iterator[None]:
-    """The strike falls on this host some time within the block; whoever died is started again at once."""
-    strike.arm(cluster[host])
+def struck(
+    cluster: Cluster, host: str, strike: Strike, meanwhile: Callable[[], None] = lambda: None, within_s: float = 300.0
+) -> Iterator[None]:
+    """The strike falls on this host some time within the block; whoever died is started again at once.
 
-    def revive() -> None:
-        strike.wait(cluster[host], within_s)
-        if strike.what == "daemon":
-            strike.disarm(cluster[host])
-            cluster.start(host)
-        else:
-            cluster[host].start()
-            cluster[host].wait_ready()
-            strike.disarm(cluster[host])
-            cluster.start(host)
+    ``meanwhile`` is done while a call is held: of EACH call, until the block is left.
+    """
+    guest = cluster[host]
+    strike.arm(guest)
+    left, failed = threading.Event(), threading.Event()
+
+    def fall() -> None:
+        if strike.what != "hold":
+            strike.wait(guest)
+            strike.revive(cluster, host)
+            return
+        if strike.nth != EACH:
+            strike.disarm(guest)
+        meanwhile()
+        strike.release(guest)
+
+    def attend() -> None:
+        end = time.monotonic() + within_s
+        while not failed.is_set() and not (strike.nth == EACH and left.is_set()):
+            if strike.fell(guest):
+                fall()
+                if strike.nth != EACH:
+                    return
+            elif time.monotonic() > end:
+                raise ImgStorageError("timeout", f"no {strike} in {within_s:g} s", host=host)
+            time.sleep(POLL_S)
+        strike.disarm(guest)
 
     with ThreadPoolExecutor(1) as other:
-        revived = other.submit(revive)
-        yield
-        revived.result(within_s)
+        attending = other.submit(attend)
+        try:
+            yield
+        except BaseException:
+            failed.set()
+            raise
+        left.set()
+        attending.result(within_s)
 
 
 class Trace:

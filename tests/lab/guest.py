@@ -1,8 +1,7 @@
 """One virtual machine of a lab: started, asked, cut off, killed, saved and restored.
 
 A kill is a power cut: the guest's memory is gone with what it had not yet written to its disks (page cache, ZFS
-transaction group). What it had written is on the disks even if it never asked for a flush: these disks have no volatile
-cache that a cut could lose.
+transaction group), and so is what the disks were given since they were last told to flush.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from imgstorage.tools.qmp import Monitor, check_socket_path
 from imgstorage.tools.run import Result, run, which
 from tests.lab import identity
 from tests.lab.agent_client import ANSWER_S, AgentClient
-from tests.lab.machine import STATE_BYTES, Machine, disk_path
+from tests.lab.machine import STATE_BYTES, Machine, disk_argv, disk_path, socket_path
 
 BOOT_S = 300.0
 RUN_S = 120.0
@@ -49,6 +48,7 @@ class Guest:
         self._argv = argv
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
+        self._disks: list[subprocess.Popen[bytes]] = []
         self._agent: AgentClient | None = None
         self._connecting = threading.Lock()
 
@@ -75,8 +75,17 @@ class Guest:
         argv = list(self._argv)
         if incoming:
             argv += ["-incoming", f"exec:cat {shlex.quote(str(incoming))}"]
+        self._serve_disks()
         self._process = _starter.submit(self._popen, argv).result()
         self._agent = None
+
+    def _serve_disks(self) -> None:
+        sockets = [check_socket_path(socket_path(self.folder, serial)) for serial in self.machine.serials]
+        for path, serial in zip(sockets, self.machine.serials, strict=True):
+            path.unlink(missing_ok=True)
+            self._disks.append(_starter.submit(self._popen, disk_argv(self.folder, serial)).result())
+        for path in sockets:
+            _wait(path.exists, END_S, f"the disk {path.stem} of {self.name} is not served{self.fate()}")
 
     def _popen(self, argv: list[str]) -> subprocess.Popen[bytes]:
         argv = ["setpriv", "--pdeathsig", "KILL", "--", *argv]
@@ -86,7 +95,7 @@ class Guest:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=self._environment,
+                env={**self._environment, "TMPDIR": str(self.folder)},  # where nbdkit keeps what was not flushed
                 start_new_session=True,
             )
 
@@ -96,12 +105,14 @@ class Guest:
         self._call("clock", ANSWER_S, now=time.time())
 
     def kill(self) -> None:
-        """Cut the power. See the module's words on what a disk loses."""
+        """Cut the power. See the module's words on what is lost."""
         self._close_agent()
-        if self._process:
-            self._process.kill()
-            self._process.wait(END_S)
-            self._process = None
+        # QEMU first: it must not see its disks go.
+        for process in (self._process, *self._disks):
+            if process:
+                process.kill()
+                process.wait(END_S)
+        self._process, self._disks = None, []
 
     def reboot(self, *, clean: bool = False) -> None:
         """Cut the power (or, with ``clean``, shut down in order: processes get SIGTERM, disks are synced) and boot."""
@@ -119,11 +130,6 @@ class Guest:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise ImgStorageError("timeout", f"no shutdown in {timeout_s:g} s{self.fate()}", host=self.name) from None
-        self.kill()
-
-    def wait_off(self, timeout_s: float = 60.0) -> None:
-        """Wait until the guest has cut its own power (or rebooted: it ends then). Raises ``timeout``."""
-        _wait(lambda: not self.alive, timeout_s, f"{self.name} still runs")
         self.kill()
 
     @property
@@ -257,8 +263,7 @@ class Guest:
         """Wait until the memory is written, and copy the disks to the folder ``disks``. The guest stays stopped."""
         with self._monitor() as monitor:
             _wait(lambda: self._saved(monitor), MIGRATE_S, f"{self.name} was not saved")
-        for serial in ("state", *self.machine.disks):
-            copy_sparse(disk_path(self.folder, serial), disk_path(disks, serial))
+        self.copy_disks(disks)
 
     def _saved(self, monitor: Monitor) -> bool:
         found = monitor.command("query-migrate")
@@ -266,9 +271,14 @@ class Guest:
             raise ImgStorageError("failed", f"saving failed: {found.get('error-desc', found)}", host=self.name)
         return bool(found.get("status") == "completed")
 
+    def copy_disks(self, disks: Path) -> None:
+        """Copy the disks to a folder, for :meth:`take_disks`. The guest must not run."""
+        for serial in self.machine.serials:
+            copy_sparse(disk_path(self.folder, serial), disk_path(disks, serial))
+
     def take_disks(self, disks: Path) -> None:
-        """Replace the disks with those saved in a folder. The guest must not run."""
-        for serial in ("state", *self.machine.disks):
+        """Replace the disks with those in a folder. The guest must not run."""
+        for serial in self.machine.serials:
             copy_sparse(disk_path(disks, serial), disk_path(self.folder, serial))
 
     def end_restore(self) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.lab import seen
 from tests.lab.cluster import CONTAINER, NAS, SLOW_COPY, Cluster
-from tests.lab.faults import Strike, struck
+from tests.lab.faults import EACH, Strike, struck
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -36,7 +37,9 @@ ON_THE_NAS = (
     Strike("zfs", "readonly=on", "after"),
     Strike("tgtadm", "delete", "after"),
 )
-CI = {str(SWITCHES[1]), str(SWITCHES[9]), str(WRITE_BACK[1]), str(ON_THE_NAS[1])}
+EVERY_SWITCH = Strike("dmsetup", "suspend|reload|resume", "after", "hold", EACH)
+OTHERS = ("the-NAS-daemon", "the-frontend", "tgtd", "iscsid", "the-NAS-sshd")
+CI = {OTHERS[0], str(SWITCHES[1]), str(SWITCHES[9]), str(WRITE_BACK[1]), str(ON_THE_NAS[1])}
 
 
 def cases(strikes: tuple[Strike, ...]) -> list[object]:
@@ -73,6 +76,57 @@ def test_the_nas_daemon_is_killed_at(cluster: Cluster, strike: Strike) -> None:
             cluster.wait_local(volume)
             assert not writer.stop().errors
         cluster.unmap(volume)
+    cluster.finish(volume)
+
+
+def kill_other(cluster: Cluster, who: str) -> None:
+    """kill -9, and a start where nobody else starts it."""
+    match who:
+        case "the-NAS-daemon":
+            cluster.kill(NAS)
+            cluster.start(NAS)
+        case "the-frontend":
+            cluster.kill_frontend()
+            cluster.start_frontend()
+        case "iscsid":
+            cluster.container.run(["pkill", "-KILL", "-x", "iscsid"])
+            cluster.container.run(["iscsid"])
+        case "tgtd":
+            cluster.nas.run(["pkill", "-KILL", "-x", "tgtd"])
+        case _:
+            cluster.nas.run(["sh", "-c", f"kill -KILL $(cat {seen.STATE}/ssh/sshd.pid)"])
+
+
+@pytest.mark.parametrize("who", [pytest.param(one, marks=[pytest.mark.ci] if one in CI else []) for one in OTHERS])
+def test_another_daemon_is_killed_at_each_call_of_every_switch(cluster: Cluster, who: str) -> None:
+    calls = 0
+
+    def count() -> None:
+        nonlocal calls
+        calls += 1
+        kill_other(cluster, who)
+
+    with struck(cluster, CONTAINER, EVERY_SWITCH, count):
+        whole_cycle(cluster)
+    assert calls >= 6, "suspend, reload and resume of two switches"
+
+
+@pytest.mark.container(return_speed="128K")
+@pytest.mark.parametrize("host", [CONTAINER, pytest.param(NAS, marks=pytest.mark.ci)])
+def test_a_daemon_is_killed_in_the_middle_of_a_pull(cluster: Cluster, host: str) -> None:
+    volume = cluster.imported()
+    device = cluster.map(volume, "img_sync=yes")
+    with cluster.writer(volume, device) as writer:
+        cluster.wait_local(volume)
+        writer.wait_writes(60)
+        pulling = cluster.pulling(volume)
+        cluster.wait_phase(volume, "pulling")
+        cluster.kill(host)
+        cluster.start(host)
+        assert pulling.result().exit_status == 0, pulling.result().stderr
+        writer.wait_writes(5)
+        assert not writer.stop().errors
+    cluster.unmap(volume)
     cluster.finish(volume)
 
 

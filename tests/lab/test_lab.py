@@ -33,6 +33,17 @@ try:
 except OSError:
     result = False
 """
+WRITE_DISK = """
+import mmap, os
+block = mmap.mmap(-1, 4096)
+block.write(word.encode())
+disk = os.open(path, os.O_RDWR | os.O_DIRECT)
+os.pwritev(disk, [block], 0)
+if flush:
+    os.fsync(disk)
+os.close(disk)
+result = None
+"""
 
 
 def volume(nas: Guest, name: str) -> str:
@@ -104,6 +115,21 @@ def test_a_power_cut_keeps_what_was_synced_and_the_pool_comes_back(lab: Lab) -> 
     assert digest(nas, device) == before
     assert nas.get("/root/synced") == b"synced\n"
     assert "lost" not in nas.run(["cat", "/root/lost"], check=False).stdout
+
+
+def test_a_power_cut_takes_what_a_disk_was_given_and_not_told_to_flush(lab: Lab) -> None:
+    nas = lab["nas-0-0"]
+    unused = "/dev/disk/by-id/virtio-tank-part9"  # which ZFS makes at the end of a disk, and leaves alone
+    nas.run(["zpool", "sync"])
+
+    def first_bytes() -> bytes:
+        return nas.run(["dd", f"if={unused}", "bs=4k", "count=1", "iflag=direct"]).stdout.encode()[:5]
+
+    nas.python(WRITE_DISK, path=unused, word="first", flush=True)
+    nas.python(WRITE_DISK, path=unused, word="other", flush=False)
+    assert first_bytes() == b"other"
+    nas.reboot()
+    assert first_bytes() == b"first"
 
 
 def test_an_orderly_reboot_tells_processes_and_keeps_everything(lab: Lab) -> None:

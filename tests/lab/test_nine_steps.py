@@ -1,4 +1,4 @@
-"""The guide's nine steps of a start in sync mode, each seen by the real tools when it is due; and direct mode."""
+"""The guide's nine steps of a start in sync mode, each seen by the real tools when it is due; direct mode; pulls."""
 
 from __future__ import annotations
 
@@ -99,4 +99,38 @@ def test_direct_mode_writes_to_the_nas_at_once(cluster: Cluster) -> None:
         writer.stop()
     cluster.unmap(volume)
     assert seen.zfs(nas, "readonly", "refreservation")[f"tank/{volume}"] == ("on", "0")
+    cluster.finish(volume)
+
+
+@pytest.mark.ci
+@pytest.mark.container(return_speed="128K")
+def test_a_pull_brings_what_was_written_so_far_and_the_guest_goes_on(cluster: Cluster) -> None:
+    nas, container = cluster.nas, cluster.container
+    volume = cluster.imported()
+    device = cluster.map(volume, "img_sync=yes")
+    with cluster.writer(volume, device) as writer:
+        cluster.wait_local(volume)
+        writer.wait_writes(60)
+        before, table = seen.snapshots(nas, f"tank/{volume}"), seen.dm(container)[f"{volume}-snap"].table
+        pulling = cluster.pulling(volume)
+        row = cluster.wait_phase(volume, "pulling")
+        assert row["state"] == "NAS<-VM sched"
+        assert not seen.target_names(nas)
+        assert seen.dm(container)[f"{volume}-snap"].table == table
+        writer.wait_writes(3)
+        assert pulling.result().exit_status == 0
+        row = cluster.row(volume)
+        assert (row["state"], row["phase"]) == ("mapped", "local")
+        new = set(seen.snapshots(nas, f"tank/{volume}").values()) - set(before.values())
+        assert len(new) == 1
+        assert new <= set(seen.snapshots(container, f"tank/{volume}").values())
+        assert seen.zfs(nas, "readonly", "written")[f"tank/{volume}"] == ("on", "0")
+        assert not writer.stop().errors
+        # what is written while nobody writes is the whole truth
+        assert cluster.pulling(volume).result().exit_status == 0
+        cluster.verify(volume)
+        writer.start()
+        writer.wait_writes(10)
+        writer.stop()
+    cluster.unmap(volume)
     cluster.finish(volume)

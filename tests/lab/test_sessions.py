@@ -7,16 +7,18 @@ import time
 import pytest
 
 from tests.lab import seen
-from tests.lab.cluster import NAS, Cluster, until
+from tests.lab.cluster import CONTAINER, NAS, Cluster, until
+from tests.lab.faults import Strike, struck
 
 pytestmark = pytest.mark.timeout(1800)
 
 DOWN_S = 30.0
 LONG_S = 150.0
 """Longer than what open-iscsi waits by default before it lets I/O fail (120 s)."""
-FLAPS = 8
+SHORT_S = 15.0
+"""Longer than open-iscsi and ssh take for a hiccup, so that both notice."""
+FLAPS = 9
 """More than the times that the kernel tries a command again by default (5)."""
-MODES = [pytest.param("no", id="direct"), pytest.param("yes", id="sync", marks=pytest.mark.ci)]
 ENDLESS = "16K"
 """So slow that the copy does not end in a test."""
 
@@ -24,6 +26,12 @@ ENDLESS = "16K"
 def logged_in(cluster: Cluster) -> bool:
     states = cluster.container.run(["sh", "-c", "cat /sys/class/iscsi_session/*/state"], check=False).stdout.split()
     return bool(states) and set(states) == {"LOGGED_IN"}
+
+
+def cut_off(cluster: Cluster) -> None:
+    """Pull out the NAS's cable, and wait until everybody has noticed."""
+    cluster.nas.link(up=False)
+    time.sleep(SHORT_S)  # what is tested
 
 
 @pytest.mark.container(copy_speed=ENDLESS)
@@ -41,6 +49,51 @@ def test_the_cable_is_out_for_a_while(cluster: Cluster, mode: str) -> None:
         writer.wait_writes(20, within_s=300)
         assert not writer.stop().errors
     cluster.wait_ready()
+    cluster.unmap(volume)
+    cluster.finish(volume)
+
+
+@pytest.mark.container(return_speed="128K")
+@pytest.mark.parametrize("phase", [pytest.param("writing_back", marks=pytest.mark.ci), "pulling"])
+def test_the_cable_is_out_on_the_way_back(cluster: Cluster, phase: str) -> None:
+    volume = cluster.imported()
+    device = cluster.map(volume, "img_sync=yes")
+    cluster.wait_local(volume)
+    cluster.write_some(volume, device, 100)
+    way_back = cluster.pulling(volume) if phase == "pulling" else cluster.unmapping(volume)
+    cluster.wait_phase(volume, phase)
+    cut_off(cluster)
+    cluster.nas.link(up=True)
+    assert way_back.result().exit_status == 0, way_back.result().stderr
+    cluster.verify(volume)
+    if phase == "pulling":
+        cluster.unmap(volume)
+    cluster.finish(volume)
+
+
+@pytest.mark.container(copy_speed=ENDLESS)
+def test_the_cable_is_out_when_a_fold_begins(cluster: Cluster) -> None:
+    volume = cluster.imported()
+    device = cluster.map(volume, "img_sync=yes")
+    cluster.write_some(volume, device, 100)
+    with struck(cluster, CONTAINER, Strike("dmsetup", "create", "before", "hold"), lambda: cut_off(cluster)):
+        folding = cluster.unmapping(volume)
+    cluster.nas.link(up=True)
+    assert folding.result().exit_status == 0, folding.result().stderr
+    cluster.finish(volume)
+
+
+@pytest.mark.ci
+def test_the_cable_is_out_when_the_merge_begins(cluster: Cluster) -> None:
+    volume = cluster.imported()
+    with struck(cluster, CONTAINER, Strike("dmsetup", "suspend", "after", "hold"), lambda: cut_off(cluster)):
+        device = cluster.map(volume, "img_sync=yes")
+        writer = cluster.writer(volume, device)
+    with writer:
+        cluster.nas.link(up=True)
+        writer.wait_writes(20, within_s=300)
+        cluster.wait_local(volume)
+        assert not writer.stop().errors
     cluster.unmap(volume)
     cluster.finish(volume)
 

@@ -1,8 +1,9 @@
 """Room in a container's pools, and what stays of a copy once the NAS has proven to hold it all.
 
-A volume is taken only if its pool could hold it at its worst: a COW device with all its space reserved, the copy's
-snapshot, and a local copy of which every block was written again, beside what the copies that are still coming may
-take. A cache (a clean copy of a version, without a reservation) goes when that makes room, longest unused first.
+A volume is taken only if its pool could hold it at its worst: the copy's snapshot, a local copy of which every block
+was written again, and a COW device with all its space reserved, or, when that is gone, a pull's snapshot of which
+every block was written again; beside what the volumes there may still take of theirs. A cache (a clean copy of a
+version, without a reservation) goes when that makes room, longest unused first.
 """
 
 from __future__ import annotations
@@ -54,15 +55,19 @@ def local_bytes(size_bytes: int) -> int:
     return 2 * (zvol + zvol // 32) + (4 << 20)
 
 
+def worst_bytes(size_bytes: int, cow_bytes: int) -> int:
+    """What a volume takes at worst: its local copy, and either its COW device or a pull's snapshot."""
+    return local_bytes(size_bytes) + max(cow.reserved_bytes(cow_bytes), local_bytes(size_bytes) // 2)
+
+
 def still_to_come(holding: Holding) -> int:
     """What a volume may yet take, beyond what is used and reserved, in bytes."""
     known = holding.known
-    if known.phase not in (CopyPhase.PREPARING, CopyPhase.SYNCING):
+    if known.phase not in (CopyPhase.PREPARING, CopyPhase.SYNCING, CopyPhase.MERGING, CopyPhase.LOCAL):
         return 0
-    found = zvols.find(holding.local)
-    taken = found.dataset.used_bytes if found else 0
-    missing = 0 if cow.exists(known) else cow.reserved_bytes(known.cow_bytes)
-    return max(0, local_bytes(known.size_bytes) - taken) + missing
+    found = [zvols.find(name) for name in (holding.local, zvols.cow_name(known))]
+    taken = sum(one.dataset.used_bytes for one in found if one)
+    return max(0, worst_bytes(known.size_bytes, known.cow_bytes) - taken)
 
 
 def make_room(settings: ContainerSettings, held: Sequence[Holding], volume: Volume, name: PoolName) -> None:
@@ -70,8 +75,8 @@ def make_room(settings: ContainerSettings, held: Sequence[Holding], volume: Volu
     here = [one for one in held if one.record is not None and one.record.pool == name]
     others = [one for one in here if one.uuid != volume.uuid]
     own = next((zvols.find(one.local) for one in here if one.uuid == volume.uuid), None)
-    wanted = local_bytes(volume.size_bytes) - (own.dataset.used_bytes if own else 0)
-    wanted += cow.reserved_bytes(cow.wanted_bytes(volume.size_bytes, settings.cow_percent))
+    wanted = worst_bytes(volume.size_bytes, cow.wanted_bytes(volume.size_bytes, settings.cow_percent))
+    wanted -= own.dataset.used_bytes if own else 0
     wanted += sum(still_to_come(one) for one in others)
     what = f"{volume.name} at its worst and what the copies there may still take"
     _free(others, name, wanted, what)
@@ -162,7 +167,18 @@ def finish_pull(holding: Holding, version: str) -> None:
     if not known.final or not is_proof(known, version):
         return
     holding.note(snapshot=known.final, snapshot_guid=int(known.digest), version=version)
-    keep_only(holding.local, known.final)
+    drop_older(holding.local, known.final)
+
+
+def drop_older(name: str, short: str) -> None:
+    """Destroy the project's snapshots of a zvol from before that one: a newer one may be on its way to the NAS."""
+    older: list[str] = []
+    for one in zvols.ours(name):
+        if one.short == short:
+            for gone in older:
+                snapshots.destroy_snapshot(gone)
+            return
+        older.append(one.name)
 
 
 def keep_only(name: str, short: str) -> None:

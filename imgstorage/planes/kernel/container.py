@@ -36,7 +36,7 @@ from imgstorage.planes.kernel.container_settings import ContainerSettings
 from imgstorage.planes.kernel.holding import Copying, Holding
 from imgstorage.planes.kernel.known import Known
 from imgstorage.planes.kernel.record import OFFERED, CopyPhase, CopyRecord
-from imgstorage.tools.zfs import datasets
+from imgstorage.tools.zfs import changes, datasets
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ class KernelContainer:
             found is not None
             and bool(ours)
             and ours[-1].guid == known.snapshot_guid
-            and not found.dataset.written_bytes
+            and changes.unchanged_since(holding.local, ours[-1].short)
         )
 
     # -- copies ---------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from imgstorage.planes.kernel.record import CopyPhase
 from imgstorage.planes.kernel.talk import Hello, Request, Verb
 from imgstorage.planes.kernel.zvols import Role
 from imgstorage.tools.pipeline import Pipeline
-from imgstorage.tools.zfs import errors, streams
+from imgstorage.tools.zfs import changes, errors, streams
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _plan(holding: Holding, hello: Hello, offer: talk.Offer) -> tuple[Request, b
     if token:
         return Request(verb=Verb.SEND, token=token), False
     newest = zvols.ours(name)[-1] if found and zvols.ours(name) else None
-    if found and newest and not found.dataset.written_bytes:
+    if found and newest and changes.unchanged_since(name, newest.short):
         if newest.guid == offer.guid:
             return Request(verb=Verb.NOTHING), False
         if newest.guid in {one.guid for one in hello.have}:
@@ -137,12 +137,10 @@ def _verify(holding: Holding, copying: Copying, offer: talk.Offer) -> None:
     size = layout.zvol_bytes(known.size_bytes)
     if found is None or not ours or ours[-1].guid != offer.guid:
         raise ImgStorageError("verify_failed", f"{name} does not end with {offer.name} ({offer.guid})")
-    if found.dataset.volsize_bytes != size or found.dataset.written_bytes or found.dataset.resume_token:
-        raise ImgStorageError(
-            "verify_failed",
-            f"{name} has {found.dataset.volsize_bytes} bytes instead of {size}, "
-            f"{found.dataset.written_bytes} of them written since",
-        )
+    if found.dataset.volsize_bytes != size or found.dataset.resume_token:
+        raise ImgStorageError("verify_failed", f"{name} has {found.dataset.volsize_bytes} bytes instead of {size}")
+    if not changes.unchanged_since(name, ours[-1].short):
+        raise ImgStorageError("verify_failed", f"{name} was written to after {ours[-1].short}")
     zvols.put_with_guid(name, zvols.of(known, Role.LOCAL), readonly="on")
     wire = copying.progress.wire_bytes
     holding.note(

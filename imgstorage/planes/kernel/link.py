@@ -121,6 +121,8 @@ class Link:
             own = ssh.failure(last.exit_status, last.stderr, self._peer)
             if own is not None:
                 return own
+            if (why := errors.reason(last.stderr)) is errors.Reason.NO_SPACE:
+                return errors.ZfsError(why, f"the NAS's pool is full: {last.last_line}")
             if last.exit_status:
                 return ImgStorageError("failed", f"the NAS ended the transfer: {last.last_line}")
         return None

@@ -5,6 +5,7 @@
 * A fold merges the COW device onto a writable LUN. ``to_nas`` is durable, in the record and on the zvol, before the
   first chunk goes: what is left of the COW device afterwards fits no other bytes.
 * ``attempt`` and digest are written durably at the end: asked again, the same attempt answers at once.
+* A pool that is full, here or on the NAS, pauses it; it is tried again every RETRY_S.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from dataclasses import replace
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.ports import CopyState, Portal, Progress, ReturnKind, ReturnPort, Transfer
 from imgstorage.planes.kernel import cow, device, hydrate, layout, link, merge, session, talk, zvols
-from imgstorage.planes.kernel.holding import Copying, Holding
+from imgstorage.planes.kernel.holding import RETRY_S, Copying, Holding
 from imgstorage.planes.kernel.record import CopyPhase
 from imgstorage.planes.kernel.talk import Hello, Request, Verb
 from imgstorage.tools.pipeline import Pipeline
-from imgstorage.tools.zfs import datasets, properties, snapshots, streams
+from imgstorage.tools.zfs import changes, datasets, snapshots, streams
 from imgstorage.tools.zfs.snapshots import Snapshot
 
 log = logging.getLogger(__name__)
@@ -54,29 +55,37 @@ def start(holding: Holding, port: ReturnPort) -> None:
 
 def _run(holding: Holding, copying: Copying, port: ReturnPort) -> None:
     """The thread of one attempt. Its failure is what ``progress`` then reports."""
-    try:
-        if port.portal is not None and port.kind is ReturnKind.FOLD:
-            digest = _fold(holding, copying, port.portal)
-            final = ""
-        else:
-            assert port.transfer is not None  # noqa: S101
-            final, digest = _send(holding, copying, port.transfer, pull=port.kind is ReturnKind.PULL)
-        with holding.lock:
+    while True:
+        try:
+            _attempt(holding, copying, port)
+            return
+        except (ImgStorageError, OSError) as error:
             if copying.cancel.is_set():
                 return
-            holding.note(
-                attempt=port.attempt, final=final, digest=digest, sent_base=port.base_version,
-                wire_bytes=copying.progress.wire_bytes,
-            )  # fmt: skip
-            last = copying.progress
-            copying.progress = replace(last, state=CopyState.DONE, done_bytes=last.total_bytes, digest=digest)
-    except (ImgStorageError, OSError) as error:
+            log.warning("way back of %s: %s", holding.known.name, error)
+            full = isinstance(error, ImgStorageError) and error.code == "no_space"
+            state = CopyState.PAUSED if full else CopyState.FAILED
+            copying.progress = replace(copying.progress, state=state, reason=str(error))
+        if not full or copying.cancel.wait(RETRY_S):
+            return
+
+
+def _attempt(holding: Holding, copying: Copying, port: ReturnPort) -> None:
+    if port.portal is not None and port.kind is ReturnKind.FOLD:
+        digest = _fold(holding, copying, port.portal)
+        final = ""
+    else:
+        assert port.transfer is not None  # noqa: S101
+        final, digest = _send(holding, copying, port.transfer, pull=port.kind is ReturnKind.PULL)
+    with holding.lock:
         if copying.cancel.is_set():
             return
-        log.warning("way back of %s: %s", holding.known.name, error)
-        full = isinstance(error, ImgStorageError) and error.code == "no_space"
-        state = CopyState.PAUSED if full else CopyState.FAILED
-        copying.progress = replace(copying.progress, state=state, reason=str(error))
+        holding.note(
+            attempt=port.attempt, final=final, digest=digest, sent_base=port.base_version,
+            wire_bytes=copying.progress.wire_bytes,
+        )  # fmt: skip
+        last = copying.progress
+        copying.progress = replace(last, state=CopyState.DONE, done_bytes=last.total_bytes, digest=digest, reason="")
 
 
 # -- a whole copy -------------------------------------------------------------------------------------------
@@ -97,7 +106,11 @@ def _send(holding: Holding, copying: Copying, right: Transfer, *, pull: bool) ->
         request, argv = _plan(holding, line.hello, final)
         line.ask(request)
         if argv:
-            _follow(line.send(argv, holding.settings.return_speed_bytes_s), copying, _estimate(request, final, holding))
+            try:
+                pipeline = line.send(argv, holding.settings.return_speed_bytes_s)
+                _follow(pipeline, copying, _estimate(request, final, holding))
+            except ImgStorageError as error:
+                raise line.trouble() or error from None  # what was sent had nowhere to go: the NAS knows why
         line.finish()
     return final.short, talk.digest(final.guid)
 
@@ -129,7 +142,7 @@ def _snapshot(holding: Holding, copying: Copying, *, pull: bool) -> Snapshot:
             datasets.set_properties(holding.local, {"refreservation": "none"})
         snapshots.snapshot(f"{holding.local}@{short}")
         there = {one.short: one for one in zvols.ours(holding.local)}
-    if not pull and properties.written_since(holding.local, short):
+    if not pull and not changes.unchanged_since(holding.local, short):
         raise ImgStorageError("diverged", f"{holding.local} was written to after {short}")
     return there[short]
 
@@ -164,7 +177,8 @@ def _follow(pipeline: Pipeline, copying: Copying, stream_bytes: int) -> None:
     while (outcome := pipeline.poll()) is None:
         wire = pipeline.progress().bytes_done
         done = min(total, total * wire // stream_bytes) if stream_bytes else 0
-        copying.progress = replace(copying.progress, done_bytes=done, wire_bytes=wire)
+        state = CopyState.RUNNING if wire else copying.progress.state
+        copying.progress = replace(copying.progress, state=state, done_bytes=done, wire_bytes=wire)
         copying.cancel.wait(POLL_S)
     copying.progress = replace(copying.progress, wire_bytes=outcome.bytes_done)
     link.check_zfs(outcome, 0)

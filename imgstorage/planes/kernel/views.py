@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from imgstorage.planes.kernel import stamps
 from imgstorage.planes.kernel.layout import STAMP, is_ours
 from imgstorage.planes.kernel.stamps import Record, Sealed
-from imgstorage.tools.zfs import properties, snapshots
+from imgstorage.tools.zfs import changes, snapshots
 from imgstorage.tools.zfs.errors import Reason, ZfsError
 from imgstorage.tools.zfs.properties import Dataset
 from imgstorage.tools.zfs.snapshots import Snapshot
@@ -57,10 +57,9 @@ class View:
         return found is not None and sealed is not None and found.guid == sealed.guid
 
     def unchanged_since(self, short: str) -> bool:
-        """Whether nothing was written since a snapshot, when this was read."""
-        if self.snapshots and self.snapshots[-1].short == short:
-            return self.dataset.written_bytes == 0
-        return properties.written_since(self.name, short) == 0
+        """Whether it has the bytes of a snapshot."""
+        newest = bool(self.snapshots) and self.snapshots[-1].short == short
+        return (newest and self.dataset.written_bytes == 0) or changes.unchanged_since(self.name, short)
 
 
 def view(name: str) -> View | None:

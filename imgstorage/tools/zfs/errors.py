@@ -71,6 +71,7 @@ _PATTERNS = tuple(
         (r" has dependent clones$", Reason.CLONES),
         (r"^cannot destroy snapshot \S+: dataset is busy$", Reason.HELD),  # by a hold, or by a send that reads it
         (r": dataset is busy$", Reason.BUSY),
+        (r": target is busy; if a filesystem, it must not be mounted$", Reason.BUSY),
         (r": dataset already exists$", Reason.EXISTS),
         (r": destination '\S+' exists$", Reason.EXISTS),
         (r": tag already exists on this dataset$", Reason.EXISTS),
