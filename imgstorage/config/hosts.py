@@ -30,7 +30,8 @@ class NasConfig(DaemonConfig):
     """``img-storage-nas``: its pools, where images may be imported from, the address targets listen on.
 
     ``pools`` are folders by name (userspace plane); ``zpools`` are zpools or datasets (kernel plane), as are
-    ``transfer_port``, where its ssh server listens, and ``know_by``, how targets know their container.
+    ``transfer_port``, where its ssh server listens, ``target``, what offers volumes over iSCSI (tgt, lio), and
+    ``know_by``, how that knows a container (auto, address, name).
     ``run_dir`` is where the target daemon's control socket is: ``state_dir``, unless that is too long for one.
     ``map_deadline``: a map whose device is not usable after so long is taken back.
     """
@@ -46,6 +47,7 @@ class NasConfig(DaemonConfig):
     zpools: tuple[PoolName, ...] = ()
     transfer_port: int = 0
     know_by: str = "auto"
+    target: str = "tgt"
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,13 @@ def _kernel(nas: Section) -> dict[str, object]:
     port = nas.integer("transfer_port", 3261, 1, 65535)
     if port == nas.integer("port", 3260, 1, 65535):
         raise nas.bad("transfer_port", f"{port} is the port of the targets")
-    return {
-        "zpools": nas.zpools("zpools"),
-        "transfer_port": port,
-        "know_by": nas.choice("know_by", ("auto", "address", "name"), "auto"),
-    }
+    target, know_by = (
+        nas.choice("target", ("tgt", "lio"), "tgt"),
+        nas.choice("know_by", ("auto", "address", "name"), "auto"),
+    )
+    if target == "lio" and know_by == "address":
+        raise nas.bad("know_by", "LIO knows initiators by their names only: 'name', or leave it out")
+    return {"zpools": nas.zpools("zpools"), "transfer_port": port, "target": target, "know_by": know_by}
 
 
 def load_container(path: Path) -> ContainerConfig:

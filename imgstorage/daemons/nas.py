@@ -34,6 +34,7 @@ def plane(config: NasConfig) -> UserspaceNas | KernelNas:
                 port=config.port,
                 transfer_port=config.transfer_port,
                 know_by=config.know_by,
+                target=config.target,
             )
         )
     from imgstorage.planes.userspace.nas import NasSettings, UserspaceNas

@@ -7,6 +7,7 @@ open-iscsi's built-in default, whatever iscsid.conf says.
 
 * ``replacement_timeout`` -1 (kernel: recovery_tmo): commands wait without end for a lost session to come back. 0 fails
   them at once; the default is 120 s (README 8.1.3; tried).
+* ``iface.initiatorname`` counts for the interface ``default`` too (tried), where ``iscsiadm`` would not set it.
 * A session is looked up again by its record when iscsid starts anew: the record stays until the session is gone.
 * ``iscsiadm -o delete`` ends a running session first, and leaves the empty folders that a killed command made.
 """
@@ -60,6 +61,7 @@ class Settings:
     """How to log in, and how long to bear a lost session.
 
     ``digests``: CRC32C over headers and data where the target offers it (tgtd 1.0.85 refuses a login that insists).
+    ``initiator`` is the name that this host gives itself here, "" for that in /etc/iscsi/initiatorname.iscsi.
     """
 
     user: str
@@ -68,6 +70,7 @@ class Settings:
     noop_interval_s: int = 5
     noop_timeout_s: int = 10
     digests: bool = False
+    initiator: str = ""
 
 
 def record_text(node: Node, settings: Settings) -> str:
@@ -98,6 +101,8 @@ def record_text(node: Node, settings: Settings) -> str:
         "node.conn[0].iscsi.HeaderDigest": digest,
         "node.conn[0].iscsi.DataDigest": digest,
     }
+    if settings.initiator:
+        lines["iface.initiatorname"] = checked_iqn(settings.initiator)
     body = "".join(f"{key} = {value}\n" for key, value in lines.items())
     return f"# BEGIN RECORD 2.1.8\n{body}# END RECORD\n"
 

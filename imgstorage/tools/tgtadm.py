@@ -38,12 +38,24 @@ NO_LUN = "can't find the logical unit"
 NO_ACCOUNT = "can't find the account"
 TARGET_EXISTS = "this target already exists"
 TARGET_ACTIVE = "this target is still active"
+LUN_ACTIVE = "this logical unit is still active"
 LUN_EXISTS = "this logical unit number already exists"
 ACCOUNT_EXISTS = "this account already exists"
 RULE_EXISTS = "this access control rule already exists"
 INVALID = "invalid request"
 REASONS = frozenset(
-    {NO_TARGET, NO_LUN, NO_ACCOUNT, TARGET_EXISTS, TARGET_ACTIVE, LUN_EXISTS, ACCOUNT_EXISTS, RULE_EXISTS, INVALID}
+    {
+        NO_TARGET,
+        NO_LUN,
+        NO_ACCOUNT,
+        TARGET_EXISTS,
+        TARGET_ACTIVE,
+        LUN_ACTIVE,
+        LUN_EXISTS,
+        ACCOUNT_EXISTS,
+        RULE_EXISTS,
+        INVALID,
+    }
 )
 
 MAX_SERIAL = 36
@@ -372,9 +384,13 @@ class Tgt:
             raise ImgStorageError("exists", f"target {tid} or a target {name} exists already")
 
     def delete_target(self, tid: int, *, force: bool = False) -> None:
-        """Remove a target; no error if it is gone. Raises ``in_use`` while initiators are logged in."""
-        if self._run(delete_target_argv(tid, force=force), NO_TARGET, TARGET_ACTIVE) == TARGET_ACTIVE:
+        """Remove a target; no error if it is gone. Raises ``in_use`` while initiators are logged in, and, whether
+        forced or not, at a moment when a command of theirs is under way: nothing has changed then."""
+        why = self._run(delete_target_argv(tid, force=force), NO_TARGET, TARGET_ACTIVE, LUN_ACTIVE)
+        if why == TARGET_ACTIVE:
             raise ImgStorageError("in_use", f"initiators are logged in to target {tid}")
+        if why == LUN_ACTIVE:
+            raise ImgStorageError("in_use", f"a command to target {tid} is under way")
 
     def new_lun(self, tid: int, lun: int, path: Path, params: Mapping[str, str], *, sync: bool = False) -> None:
         """Make a LUN over a file or device, and set its parameters. Raises ``exists``, ``tool_failed``."""

@@ -1,7 +1,7 @@
 """The bench of the kernel plane, in a guest of the lab: zpool ``tank`` is the NAS's, ``pond`` the container's.
 
 NAS and container are on one host, over loopback: real zvols, tgt, open-iscsi, device-mapper and ssh. It needs root, an
-iscsid that runs, and nothing in the two pools.
+iscsid that runs under the initiator name of compute-0-0, and nothing in the two pools.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class BlockGuest(Guest):
     """A program of our own: it opens block devices past every cache."""
 
     def __init__(self, path: str) -> None:
-        super().__init__([sys.executable, str(HERE / "block_guest.py"), path])
+        super().__init__([sys.executable, "-IS", str(HERE / "block_guest.py"), path])
 
     def request(self, offset: int, length: int, what: int | Path) -> str:
         return f"{offset} {length} {what}"
@@ -78,7 +78,9 @@ class KernelBreaker(Breaker):
         wait_for(lambda: not copying.running, "its thread ends")
 
     def stop_return(self, uuid: VolumeUuid) -> None:
-        self._kill(self._holding(uuid).returning)
+        copying = self._holding(uuid).returning
+        wait_for(lambda: copying.progress.wire_bytes or not copying.running, "some bytes")
+        self._kill(copying)
 
     def restart(self) -> ContainerPlane:
         for holding in self.plane._known.all():

@@ -1,7 +1,8 @@
 """A NAS plane under test with its surroundings, for the plane that the environment names.
 
 ``IMGSTORAGE_TEST_PLANE`` is userspace (where nothing is said) or kernel; that needs root, ZFS and a zpool, as the
-guests of the lab have it, which ``IMGSTORAGE_TEST_ZPOOL`` names.
+guests of the lab have it, which ``IMGSTORAGE_TEST_ZPOOL`` names. ``IMGSTORAGE_TEST_TARGET`` is tgt (where nothing is
+said) or lio.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from pathlib import Path
 from imgstorage.core.mapping import Volume
 from imgstorage.core.names import HostName, PoolName
 from imgstorage.core.ports import ReturnKind, ReturnPort, Transfer
+from imgstorage.planes.common import targets
 from imgstorage.planes.kernel import layout, talk, transfers
 from imgstorage.planes.kernel.nas import KernelNas, NasSettings
 from imgstorage.planes.kernel.talk import Go, Hello, Request, Verb
@@ -25,9 +26,11 @@ from imgstorage.tools.pipeline import read_header
 from imgstorage.tools.run import run
 from imgstorage.tools.zfs import datasets, properties, snapshots, streams
 from tests.contract.nas_lab import FIRST, SIZE, Lab, free_portal
+from tests.contract.target_bench import clear_lio
 
 BREAK_OFF_BYTES = 2000
 DEVICE_S = 60.0
+TARGET = os.environ.get("IMGSTORAGE_TEST_TARGET", targets.TGT)
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,15 @@ class KernelLab(Lab):
 
     def another(self) -> KernelNas:
         return KernelNas(self.settings)
+
+    def kill_targets(self) -> None:
+        if TARGET == targets.LIO:
+            clear_lio()
+        else:
+            super().kill_targets()
+
+    def daemon(self) -> tuple[int, int | None]:
+        return (0, None) if TARGET == targets.LIO else super().daemon()
 
     # -- a container -----------------------------------------------------------------------------------------
 
@@ -253,6 +265,7 @@ def surroundings(tmp: Path, import_dir: Path) -> Iterator[KernelLab]:
         address=address,
         port=port,
         transfer_port=free_portal()[1],
+        target=TARGET,
     )
     try:
         yield KernelLab(settings, tmp, import_dir, root)

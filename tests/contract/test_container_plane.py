@@ -320,7 +320,7 @@ def test_a_reboot_keeps_every_flushed_write(world: World, breaker: Breaker, stag
 def test_a_way_back_that_was_killed_is_repeated(world: World, breaker: Breaker) -> None:
     world.attach()
     world.make_local()
-    world.write(2 * MIB, 20 * MIB, 6)
+    world.scribble(2 * MIB, 20 * MIB)
     world.detach()
     port = world.port(ReturnKind.WRITE_BACK)
     killed = 0

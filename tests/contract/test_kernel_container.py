@@ -64,7 +64,6 @@ def test_room_for_a_pull_is_kept_from_other_volumes(make_world: Callable[..., Wo
     world, other = make_world(), make_world(name="other")
     world.attach()
     world.make_local()
-    world.scribble(0, SIZE // 512 * 512)
     (pool,) = world.container.pools()
     size = next(size for size in range(pool.free_bytes // 3, 0, -MIB) if worst(size) <= pool.free_bytes - 8 * MIB)
     large = replace(other.grant.volume, size_bytes=size)

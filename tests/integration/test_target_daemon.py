@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imgstorage.planes.common.target import Targets
+from imgstorage.planes.common.targets.tgt import TgtTargets
 from imgstorage.tools.run import wait_gone
 from tests.contract.nas_lab import free_portal
 
@@ -17,9 +17,9 @@ pytestmark = pytest.mark.real
 
 
 @pytest.fixture
-def targets(tmp_path: Path) -> Iterator[Targets]:
+def targets(tmp_path: Path) -> Iterator[TgtTargets]:
     """A target daemon that runs."""
-    found = Targets(tmp_path, *free_portal())
+    found = TgtTargets(tmp_path, *free_portal())
     assert found.ensure()
     yield found
     found.stop()
@@ -30,7 +30,7 @@ def open_files(pid: int | None) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-def test_looking_after_it_leaves_no_connection_behind(targets: Targets) -> None:
+def test_looking_after_it_leaves_no_connection_behind(targets: TgtTargets) -> None:
     """tgtd never lets go of a peer that leaves without a request, and spins on it."""
     before = open_files(targets.pid)
     for _ in range(5):
@@ -39,22 +39,22 @@ def test_looking_after_it_leaves_no_connection_behind(targets: Targets) -> None:
     assert open_files(targets.pid) == before
 
 
-def test_another_object_adopts_it_though_nothing_was_written_down(targets: Targets, tmp_path: Path) -> None:
+def test_another_object_adopts_it_though_nothing_was_written_down(targets: TgtTargets, tmp_path: Path) -> None:
     (tmp_path / "tgtd.json").unlink()
-    again = Targets(tmp_path, targets.address, targets.port)
+    again = TgtTargets(tmp_path, targets.address, targets.port)
     pid = targets.pid
     assert not again.ensure()
     assert again.pid == pid
 
 
-def test_one_that_serves_is_kept_though_its_lock_was_removed(targets: Targets, tmp_path: Path) -> None:
+def test_one_that_serves_is_kept_though_its_lock_was_removed(targets: TgtTargets, tmp_path: Path) -> None:
     pid = targets.pid
     (tmp_path / "ctl.0.lock").unlink()
     assert not targets.ensure()
     assert targets.pid == pid
 
 
-def test_one_that_cannot_be_reached_is_ended_and_another_serves(targets: Targets, tmp_path: Path) -> None:
+def test_one_that_cannot_be_reached_is_ended_and_another_serves(targets: TgtTargets, tmp_path: Path) -> None:
     pid = targets.pid
     assert pid is not None
     (tmp_path / "ctl.0").unlink()
@@ -63,7 +63,7 @@ def test_one_that_cannot_be_reached_is_ended_and_another_serves(targets: Targets
     assert wait_gone(pid, 5)
 
 
-def test_a_killed_one_is_started_again(targets: Targets) -> None:
+def test_a_killed_one_is_started_again(targets: TgtTargets) -> None:
     pid = targets.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)

@@ -31,7 +31,7 @@ MARK = "IMGSTORAGE_LAB"
 HERE = Path(__file__).parent
 RECIPE = (
     *(HERE / f"build_{part}.py" for part in ("image", "kernel", "mirror", "root", "steps")),
-    HERE / "inside/first.sh",
+    *(HERE / "inside" / name for name in ("first.sh", "vm.sh")),
     REQUIREMENTS,
 )
 

@@ -28,9 +28,13 @@ def make(folder: Path, modules: Path) -> None:
     modules.mkdir(exist_ok=True)
     with locked(modules / "lock"):
         build_kernel.add_zfs(root, abi, zfs, modules)
-    build_kernel.initramfs(root, abi, folder / INITRAMFS)
+    build_kernel.initramfs(root, abi, "first.sh", folder / INITRAMFS)
     build_root.forget_archives(root)
+    # What a virtual machine inside a guest boots from.
     shutil.rmtree(root / "boot")
+    (root / "boot").mkdir()
+    shutil.copy2(folder / KERNEL, root / "boot" / KERNEL)
+    build_kernel.initramfs(root, abi, "vm.sh", root / "boot" / INITRAMFS)
     with step("one file of the root"):
         command(["mkfs.erofs", "--quiet", "-zlz4", str(folder / ROOT), str(root)])
     versions = {"kernel": abi, "zfs": zfs, "made": int(time.time())}

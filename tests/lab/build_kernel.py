@@ -107,8 +107,8 @@ def uncompressed(vmlinuz: Path, target: Path) -> None:
     packed.unlink()
 
 
-def initramfs(root: Path, abi: str, target: Path) -> None:
-    """The first file system: one static program, the modules that mounting the root takes, and ``inside/first.sh``."""
+def initramfs(root: Path, abi: str, first: str, target: Path) -> None:
+    """A first file system: one static program, the modules that mounting a root takes, and ``inside/FIRST``."""
     modules = root / "usr/lib/modules" / abi
     builtin = {Path(line).stem.replace("-", "_") for line in (modules / "modules.builtin").read_text().splitlines()}
     needs = {}
@@ -126,11 +126,11 @@ def initramfs(root: Path, abi: str, target: Path) -> None:
         for name in ("bin", "modules", "proc", "sys", "dev", "root", "code", "state", "new"):
             (top / name).mkdir()
         shutil.copy2("/bin/busybox", top / "bin/busybox")
-        shutil.copy2(INSIDE / "first.sh", top / "init")
+        shutil.copy2(INSIDE / first, top / "init")
         (top / "init").chmod(0o755)
         for path in order:
             shutil.copy2(modules / path, top / "modules")
         (top / "modules/order").write_text("".join(f"{Path(path).name}\n" for path in order))
         names = "".join(f"{path.relative_to(top)}\n" for path in sorted(top.rglob("*")))
         command(["cpio", "--quiet", "-o", "-H", "newc", "-D", str(top), "-F", str(target)], stdin=names)
-    say(f"{len(order)} modules in the first file system")
+    say(f"{len(order)} modules in the file system of {first}")

@@ -20,7 +20,7 @@ PYTHON = "3.11"
 PACKAGES = (
     *("iproute2", "openssh-client", "openssh-server", "python3", "dmsetup", "kmod", "udev", "procps", "socat", "zstd"),
     *("e2fsprogs", "pv", "util-linux", "nftables", "zfsutils-linux", "tgt", "open-iscsi", "python3-rtslib-fb"),
-    *("qemu-utils", "qemu-block-extra"),
+    *("qemu-utils", "qemu-block-extra", "qemu-system-x86"),
 )
 # Checkers of source code: no use in a guest, and as large as all the others together.
 NOT_IN_GUESTS = {"mypy", "mypy-extensions", "ruff", "grimp", "import-linter", "ast-serialize", "librt"}

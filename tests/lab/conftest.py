@@ -22,7 +22,7 @@ import pytest
 
 from imgstorage.tools.run import environment
 from tests.lab.build import MARK
-from tests.lab.cluster import Cluster
+from tests.lab.cluster import NAS, Cluster
 from tests.lab.lab import HOSTS, Lab
 
 HERE = Path(__file__).parent
@@ -43,6 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "hosts(*names): the guests that a test in the lab needs")
     config.addinivalue_line("markers", "container(**settings): what the containers of a scenario are configured with")
+    config.addinivalue_line("markers", "nas(**settings): what the NAS of a scenario is configured with")
     config.addinivalue_line("markers", "ci: a scenario of the lab that is run each time")
 
 
@@ -181,6 +182,9 @@ def cluster(
 
     _labs.at(hosts, WITH_CLUSTER, prepare)
     found = _clusters[hosts]
+    if nas := request.node.get_closest_marker("nas"):
+        found.configure(NAS, **nas.kwargs)
+        found.nas.run(["sync"])
     found.begin(**(settings.kwargs if (settings := request.node.get_closest_marker("container")) else {}))
     yield found
     found.end()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tests.lab.guest import Guest
 
 STATE = "/var/lib/imgstorage"
+LIO = "/sys/kernel/config/target"
 TGT = {"TGT_IPC_SOCKET": f"{STATE}/ctl"}
 NONE_FOUND = 21  # iscsiadm(8): no records, targets, sessions
 PICTURE = f"""\
@@ -62,13 +63,17 @@ def snapshots(guest: Guest, dataset: str) -> dict[str, str]:
 
 
 def targets(nas: Guest) -> str:
-    """What tgtadm shows of all targets."""
+    """What tgtadm shows of all targets; "" where no tgtd was started."""
+    if nas.run(["test", "-e", f"{STATE}/ctl.0"], check=False).exit_status != 0:
+        return ""
     return nas.run(["tgtadm", "--op", "show", "--mode", "target"], env=TGT).stdout
 
 
 def target_names(nas: Guest) -> list[str]:
-    """The targets' names."""
-    return re.findall(r"^Target \d+: (\S+)$", targets(nas), re.MULTILINE)
+    """The names of the targets, tgt's and LIO's."""
+    listed = nas.run(["sh", "-c", f"ls {LIO}/iscsi 2>/dev/null"], check=False).stdout.split()
+    names = re.findall(r"^Target \d+: (\S+)$", targets(nas), re.MULTILINE)
+    return names + [name for name in listed if name.startswith("iqn.")]
 
 
 def sessions(container: Guest) -> list[str]:
@@ -103,6 +108,7 @@ def zvol_number(guest: Guest, dataset: str) -> str:
 def left_on_nas(nas: Guest) -> list[str]:
     """What is there although no volume is."""
     found = [f"target {name}" for name in target_names(nas)]
+    found += nas.run(["sh", "-c", f"ls -d {LIO}/core/*_*/* 2>/dev/null"], check=False).stdout.split()
     names = [*zfs(nas), *zfs(nas, kind="snapshot")]
     found += [f"{nas.name}: {name}" for name in names if name != "tank" and not _trash(name)]
     listed = nas.run(["sh", "-c", f"ls {STATE}/transfers; cat {STATE}/ssh/authorized_keys"], check=False).stdout

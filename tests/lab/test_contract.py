@@ -1,12 +1,13 @@
 """The contract suites of the data planes (tests/contract) with the kernel plane: pytest runs in a guest.
 
-NAS and container are both in that guest, over loopback, each with a pool of its own. Every file of the suites is at
-least one test here, so a new one is run without being named; one that takes long is split. A test that fails there, or
-is skipped, fails the one here by its name.
+NAS and container are both in that guest, over loopback, each with a pool of its own. The tests of each file are taken
+some at a time, in the order in which they stand there, so that new ones are run without being named anywhere. One that
+fails in the guest, or is skipped there, fails the one here and is named with what pytest said.
 """
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,23 +15,28 @@ from xml.etree import ElementTree
 
 import pytest
 
+from imgstorage.core.errors import ImgStorageError
+from imgstorage.core.names import HostName
+from imgstorage.planes.common import names
 from imgstorage.tools.run import environment
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.machine import GIB, Machine
 
-SUITES = Path(__file__).parents[1] / "contract"
-THERE = "/opt/imgstorage"
-REPORT = "/root/report.xml"
-CLEAN = "clean"
-MACHINE = Machine("nas-0-0", memory_mib=1024, cpus=2, disks={"tank": 4 * GIB, "pond": 4 * GIB})
-SETTINGS = {"IMGSTORAGE_TEST_PLANE": "kernel", "IMGSTORAGE_TEST_ZPOOL": "tank", "IMGSTORAGE_TEST_DEADLINE_S": "180"}
-TEST_S, PART_S = 420, 890
+pytestmark = pytest.mark.timeout(3600)
 
-SPLIT: dict[str, dict[str, str]] = {"test_pulls": {"kills": "killed_at_any_moment"}}
-"""Files that take long: parts of their own by name, as pytest's ``-k``; the rest of the file is another."""
-EACH_TIME = ("unknown_is_not_lost",)
+SUITES = Path(__file__).parents[1] / "contract"
+AT_ONCE = 8
+"""How many test functions are one part."""
+EACH_TIME = ("container_plane-1", "nas_returns-1", "pulls-1")
 """Parts that are run each time; the others take turns."""
+MACHINE = Machine("compute-0-0", memory_mib=1024, cpus=2, disks={"tank": 4 * GIB, "pond": 4 * GIB})
+SETTINGS = {"IMGSTORAGE_TEST_PLANE": "kernel", "IMGSTORAGE_TEST_ZPOOL": "tank", "IMGSTORAGE_TEST_DEADLINE_S": "300"}
+TEST_S, PART_S = 900, 3500
+THERE = "/opt/imgstorage"
+REPORT, OUTPUT = "/root/report.xml", "/root/output"
+CLEAN = "clean"
+WRONG = ("failure", "error", "skipped")
 
 
 @dataclass(frozen=True)
@@ -43,16 +49,16 @@ class Outcome:
 
 
 def parts() -> Iterator[object]:
-    """Each file, or part of one, as a parameter: its name, and pytest's ``-k``."""
+    """Each part as a parameter: its file, and its tests."""
     for path in sorted(SUITES.glob("test_*.py")):
         if path.stem.startswith("test_userspace_"):
             continue
-        own = SPLIT.get(path.stem, {})
-        name = path.stem.removeprefix("test_")
-        found = {f"{name}-{part}": words for part, words in own.items()}
-        found[name] = " and ".join(f"not ({words})" for words in own.values())
-        for part, words in found.items():
-            yield pytest.param(path.name, words, id=part, marks=[pytest.mark.ci] if part in EACH_TIME else [])
+        tops = ast.parse(path.read_text()).body
+        tests = [top.name for top in tops if isinstance(top, ast.FunctionDef) and top.name.startswith("test_")]
+        for first in range(0, len(tests), AT_ONCE):
+            name = f"{path.stem.removeprefix('test_')}-{first // AT_ONCE + 1}"
+            marks = [pytest.mark.ci] if name in EACH_TIME else []
+            yield pytest.param(path.name, tests[first : first + AT_ONCE], id=name, marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +68,24 @@ def contract(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         for guest in lab:
             for pool in guest.machine.disks:
                 guest.run(["zpool", "create", "-f", pool, f"/dev/disk/by-id/virtio-{pool}"])
+            name = names.initiator_name(HostName(guest.name))  # over loopback the NAS knows containers by name
+            guest.put("/etc/iscsi/initiatorname.iscsi", f"InitiatorName={name}\n".encode(), 0o600)
             guest.run(["iscsid"])
         lab.save(CLEAN)
         yield lab
 
 
-def run(guest: Guest, file: str, words: str) -> list[Outcome]:
-    """Run a part in the guest; returns what became of its tests."""
-    argv = ["python3", "-m", "pytest", "-p", "no:cacheprovider", "-k", words, f"--timeout={TEST_S}"]
-    argv += [f"--junitxml={REPORT}", f"tests/contract/{file}"]
-    ended = guest.run(argv, cwd=THERE, env=SETTINGS, timeout_s=PART_S, check=False)
-    assert ended.exit_status in (0, 1), ended.stdout + ended.stderr
+def run(guest: Guest, file: str, tests: list[str]) -> list[Outcome]:
+    """Run tests of a file in the guest; returns what became of them."""
+    argv = ["python3", "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--timeout={TEST_S}", f"--junitxml={REPORT}"]
+    argv += [f"tests/contract/{file}::{test}" for test in tests]
+    into = ["sh", "-c", f'exec "$@" >{OUTPUT} 2>&1', "sh"]
+    try:
+        status = guest.run([*into, *argv], cwd=THERE, env=SETTINGS, timeout_s=PART_S, check=False).exit_status
+    except ImgStorageError as error:
+        pytest.fail(f"{error}\n{_output(guest)}", pytrace=False)
+    if status not in (0, 1):
+        pytest.fail(f"pytest ended with status {status}\n{_output(guest)}", pytrace=False)
     found = []
     for case in ElementTree.fromstring(guest.get(REPORT)).iter("testcase"):
         why = [f"{one.tag}: {one.get('message', '')}\n{one.text or ''}" for one in case if one.tag in WRONG]
@@ -80,20 +93,19 @@ def run(guest: Guest, file: str, words: str) -> list[Outcome]:
     return found
 
 
-WRONG = ("failure", "error", "skipped")
+def _output(guest: Guest) -> str:
+    return guest.run(["tail", "-n60", OUTPUT], check=False).stdout
 
 
-@pytest.mark.parametrize(("file", "words"), list(parts()))
-def test_contract(contract: Lab, file: str, words: str) -> None:
+@pytest.mark.parametrize(("file", "tests"), list(parts()))
+def test_contract(contract: Lab, file: str, tests: list[str]) -> None:
     contract.restore(CLEAN)
-    guest = contract[MACHINE.name]
-    outcomes = run(guest, file, words)
-    print(f"{len(outcomes)} tests in {sum(one.seconds for one in outcomes):.0f} s:")
+    outcomes = run(contract[MACHINE.name], file, tests)
+    print(f"{file}: {len(outcomes)} tests in {sum(one.seconds for one in outcomes):.0f} s")
     for one in sorted(outcomes, key=lambda one: -one.seconds):
         print(f"{one.seconds:7.1f} s  {one.name}")
-    wrong = [one for one in outcomes if one.why]
-    assert outcomes, "nothing was run"
-    if wrong:
-        names = ", ".join(one.name for one in wrong)
+    assert len({one.name.partition("[")[0] for one in outcomes}) == len(tests), "not all tests were run"
+    if wrong := [one for one in outcomes if one.why]:
+        listed = ", ".join(one.name for one in wrong)
         details = "\n\n".join(f"{one.name}: {one.why}" for one in wrong)
-        pytest.fail(f"{len(wrong)} of {len(outcomes)} failed in {file}: {names}\n\n{details}", pytrace=False)
+        pytest.fail(f"{len(wrong)} of {len(outcomes)} failed in {file}: {listed}\n\n{details}", pytrace=False)

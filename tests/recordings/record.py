@@ -18,7 +18,8 @@ from pathlib import Path
 import msgspec
 
 from imgstorage.core.ports import Portal
-from imgstorage.planes.common.target import Offer, Targets
+from imgstorage.planes.common.targets.protocol import Offer
+from imgstorage.planes.common.targets.tgt import TgtTargets
 from imgstorage.tools import qemu_img, tgtadm
 from imgstorage.tools.run import Result, run
 from tests.mirror import iscsi_node, make_overlay
@@ -149,7 +150,7 @@ def session(options: list[str]) -> Iterator[None]:
 def record_tgtadm(work: Path) -> None:
     env = {"TGT_IPC_SOCKET": str(work / "ctl")}
     record = Recorder("tgtadm", version(["tgtadm", "--version"]), work, env)
-    targets = Targets(work, ADDRESS, PORT)
+    targets = TgtTargets(work, ADDRESS, PORT)
     raw = work / "vm-1.raw"
     with open(raw, "wb") as out:
         out.truncate(16 << 20)

@@ -68,7 +68,9 @@ def test_defaults_and_values(good: dict[str, Fields], tmp_path: Path) -> None:
     assert {str(name): str(path) for name, path in files.pools.items()} == {"tank": "/tank", "tank/vms": "/vms"}
     kernel = load_nas(write(tmp_path / "kernel.conf", good["kernel nas"]))
     assert (kernel.zpools, kernel.port, kernel.transfer_port) == (("tank", "dozer/img"), 3260, 3261)
-    assert (kernel.plane, kernel.know_by, dict(kernel.pools)) == ("kernel", "auto", {})
+    assert (kernel.plane, kernel.know_by, dict(kernel.pools), kernel.target) == ("kernel", "auto", {}, "tgt")
+    good["kernel nas"]["nas"] |= {"target": "lio", "know_by": "name"}
+    assert load_nas(write(tmp_path / "kernel.conf", good["kernel nas"])).target == "lio"
     container = load_container(write(tmp_path / "vm.conf", good["container"]))
     assert (container.default_pool, container.fuse, container.copy_speed_bytes_s) == ("tank", "auto", 0)
     good["container"]["container"] |= {"pool.pond": "/pond", "copy_speed": "10M", "return_speed": "2m", "fuse": "off"}
@@ -102,6 +104,7 @@ WRONG = [
     ("kernel nas", "nas", "zpools", ""), ("kernel nas", "nas", "zpools", "tank/"),
     ("kernel nas", "nas", "pool.tank", "/tank"), ("kernel nas", "nas", "transfer_port", "3260"),
     ("kernel nas", "nas", "transfer_port", "0"), ("kernel nas", "nas", "know_by", "guess"),
+    ("kernel nas", "nas", "target", "iet"), ("nas", "nas", "target", "lio"),
     ("container", "container", "pool.tank", ""), ("container", "container", "vm_container_zpool", "pond"),
     ("container", "container", "vm_container_zpool", "a b"), ("container", "container", "run_dir", "run"),
     ("container", "container", "run_dir", "/a b"),
@@ -128,6 +131,12 @@ def test_a_wrong_field_is_named(
     assert caught.value.exit_status == 2
     for word in (str(path), f"[{section}]", field):
         assert word in caught.value.message, caught.value.message
+
+
+def test_a_target_that_knows_names_only_is_not_asked_for_addresses(good: dict[str, Fields], tmp_path: Path) -> None:
+    good["kernel nas"]["nas"] |= {"target": "lio", "know_by": "address"}
+    with pytest.raises(ImgStorageError, match=r"\[nas\] know_by.*name"):
+        load_nas(write(tmp_path / "kernel.conf", good["kernel nas"]))
 
 
 @pytest.mark.parametrize("kind", LOADERS)

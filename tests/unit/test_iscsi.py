@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -69,6 +70,15 @@ def test_iscsiadm_reads_the_record_as_it_was_meant(version: str) -> None:
     }
     assert shown["node.session.timeo.replacement_timeout"] == "-1"
     assert shown["node.startup"] == shown["node.conn[0].startup"] == "manual"
+
+
+def test_a_record_says_who_logs_in_where_that_is_not_the_hosts_own_name() -> None:
+    name = "iface.initiatorname"
+    own = replace(SETTINGS, initiator="iqn.2001-04.com.compute-0-0:init")
+    assert iscsi_record.parse_record(iscsi_record.record_text(NODE, own))[name] == own.initiator
+    assert name not in iscsi_record.parse_record(iscsi_record.record_text(NODE, SETTINGS))
+    with pytest.raises(ImgStorageError):
+        iscsi_record.record_text(NODE, replace(SETTINGS, initiator="iqn.2001-04.com.x\nnode.startup = automatic"))
 
 
 @every_version

@@ -199,7 +199,7 @@ def test_a_rate_is_held_and_can_be_changed_while_it_runs() -> None:
         close_to(copy, 16 * MIB)
         copy.limit(0)
         assert copy.progress().limit_bytes_s == 0
-        assert rate(copy, 0.5) > 128 * MIB
+        assert rate(copy, 0.5) > 32 * MIB  # twice what it was held to; how much more is up to the machine
 
 
 @pytest.mark.real

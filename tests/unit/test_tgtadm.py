@@ -162,7 +162,7 @@ def test_a_target_says_what_it_is_of(text: str) -> None:
     except ImgStorageError:
         return
     iqn = names.target_name(NAS, volume, ONE, HOST)
-    assert iqn.startswith(f"iqn.2001-04.com.nas-0-0-{text.replace('_', '-')}:")
+    assert iqn.startswith(f"iqn.2001-04.com.nas-0-0-{text.replace('_', '-').lower()}:")
     assert len(iqn) <= names.MAX_IQN_BYTES
     name = names.parse_target(iqn)
     assert name is not None

@@ -12,6 +12,7 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Mode, Volume
 from imgstorage.core.names import HostName, PoolName, VolumeName, VolumeUuid
 from imgstorage.core.ports import ReturnKind, Stamp
+from imgstorage.core.text import label
 from imgstorage.planes.kernel import layout, stamps, talk
 from imgstorage.planes.kernel.stamps import Back, Record, Sealed
 from imgstorage.planes.kernel.talk import Go, Have, Hello, Offer, Request, Verb
@@ -76,7 +77,9 @@ def test_a_go_that_says_no_raises_what_the_nas_said() -> None:
 
 def test_digests_differ_by_what_they_stand_for() -> None:
     assert talk.digest(1) != talk.digest(2)
-    assert len({talk.fold_digest(GENERATION, 1), talk.fold_digest(GENERATION, 2), talk.digest(1)}) == 3
+    digests = {talk.fold_digest(GENERATION, 1), talk.fold_digest(GENERATION, 2), talk.digest(1)}
+    assert len(digests) == 3
+    assert {label(digest) for digest in digests} == digests  # they have to pass through messages
 
 
 @given(st.integers(min_value=1, max_value=1 << 60))

@@ -6,8 +6,8 @@
 * The second target, of one attempt of a way back, ends in ``:r<counter>-<grant>.<c>.<attempt>``.
 * An IQN has at most 223 bytes (RFC 3720, 3.2.6.1). That is enough for 40 characters of NAS name with 128 of
   volume name; longer ones together are refused (``bad_name``).
-* RFC 3722 allows letters, digits, ``-``, ``.`` and ``:``, and tgtd refuses anything else: a ``_`` in a volume's
-  name becomes ``-``. Capitals are kept as they are: tgt and libiscsi compare bytes.
+* RFC 3722 allows letters, digits, ``-``, ``.`` and ``:`` and folds capitals; tgtd refuses anything else, rtslib writes
+  lower case only, and tgt, LIO and initiators compare bytes: a ``_`` in a volume's name becomes ``-``, a capital small.
 * tgt 1.0.85 keeps 36 characters of a LUN's serial; ours has 32, a hash of uuid, generation and purpose.
 """
 
@@ -53,7 +53,7 @@ def _checked(iqn: str) -> str:
 
 def in_iqn(volume: VolumeName) -> str:
     """A volume's name as it is written in an IQN."""
-    return volume.replace("_", "-")
+    return volume.replace("_", "-").lower()
 
 
 def initiator_name(container: HostName) -> str:

@@ -9,7 +9,7 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Mode
 from imgstorage.core.ports import Grant
 from imgstorage.planes.common import names
-from imgstorage.tools.tgtadm import Target
+from imgstorage.planes.common.targets.protocol import Seen
 
 
 def older(one: Generation, other: Generation) -> bool:
@@ -22,7 +22,7 @@ def next_version(base_version: str, generation: Generation, attempt: int, digest
     return hashlib.sha256(f"{base_version} {generation} {attempt} {digest}".encode()).hexdigest()[:16]
 
 
-def superseded(grant: Grant, iqn: str, seen: Sequence[Target]) -> list[Target]:
+def superseded(grant: Grant, iqn: str, seen: Sequence[Seen]) -> list[Seen]:
     """Which of a volume's targets have to go before ``grant`` is offered as ``iqn``.
 
     Raises ``stale_generation`` for one of a newer grant, ``conflict`` for one that is not ours, or of another

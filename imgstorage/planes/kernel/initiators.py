@@ -1,7 +1,9 @@
 """How a target knows its container: by address, or by the initiator's name; always with CHAP beside it.
 
 tgtd lets in who fits either entry of a list, so there is only one. An address can be claimed by fewer than a name;
-on loopback, and where containers reach the NAS from other addresses than their names have, the name has to do.
+where the name has to do (on loopback, where containers reach the NAS from other addresses than their names have, and
+with LIO, which knows nothing else), the secret alone says who it is: a name is what a host says of itself. A container
+logs in by the one that follows from its host name (names.py).
 """
 
 from __future__ import annotations

@@ -66,14 +66,17 @@ def _go_on(holding: Holding) -> int:
     known = holding.known
     name = holding.device_name
     live = device.own(name, holding.dm_uuid)
+    merging = live is not None and isinstance(live.target, SnapshotMerge)
+    going = live is not None and merging and not live.info.suspended
+    if going and (left := _left(name, known.size_bytes)):  # asked again and again: with few commands
+        return left
     local = Linear(holding.local_device().number)
     if live is None or live.target != local:
-        if live is not None and not isinstance(live.target, SnapshotMerge):
+        if live is not None and not merging:
             device.require_figures(name)
         tables.bring_up(holding)
         holding.held_back = False
-        left = _left(name, known.size_bytes)
-        if left:
+        if left := _left(name, known.size_bytes):
             return left
         device.switch(name, known.size_bytes, local)
     device.resume(name)

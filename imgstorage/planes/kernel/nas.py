@@ -33,7 +33,8 @@ from imgstorage.core.ports import (
     untold,
 )  # fmt: skip
 from imgstorage.planes.common import images, names
-from imgstorage.planes.common.target import Targets
+from imgstorage.planes.common import targets as drivers
+from imgstorage.planes.common.targets.protocol import Seen
 from imgstorage.planes.common.verbs import typed_errors
 from imgstorage.planes.common.versions import superseded
 from imgstorage.planes.kernel import contents, initiators, layout, snapshots, stamps, transfers, trash
@@ -45,10 +46,9 @@ from imgstorage.planes.kernel.transfers import Permit, Transfers
 from imgstorage.planes.kernel.views import View
 from imgstorage.planes.kernel.volumes import Volumes
 from imgstorage.tools.run import which
-from imgstorage.tools.tgtadm import Target
 from imgstorage.tools.zfs import datasets
 
-PROGRAMS = ("zfs", "zpool", "tgtd", "tgtadm", "qemu-img", "sshd", "ssh-keygen", "blockdev", transfers.COMMAND)
+PROGRAMS = ("zfs", "zpool", "qemu-img", "sshd", "ssh-keygen", "blockdev", transfers.COMMAND)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class NasSettings:
     """Where a NAS keeps its things, and where it is reached.
 
     ``state_dir`` has at most 100 bytes (a socket is in it); ``address`` and ``port`` are the iSCSI portal,
-    ``transfer_port`` that of its ssh server. ``know_by``: :mod:`initiators`.
+    ``transfer_port`` that of its ssh server. ``know_by``: :mod:`initiators`; ``target``: the driver.
     """
 
     state_dir: Path
@@ -67,18 +67,19 @@ class NasSettings:
     port: int
     transfer_port: int
     know_by: str = initiators.AUTO
+    target: str = drivers.TGT
 
 
 @typed_errors
 class KernelNas:
-    """Volumes as zvols, offered by a tgtd of its own, copied through an sshd of its own."""
+    """Volumes as zvols, offered by a target driver, copied through an sshd of its own."""
 
     def __init__(self, settings: NasSettings) -> None:
         self._settings = settings
         self._pools = Pools(settings.pools)
         self._volumes = Volumes(self._pools)
         settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._targets = Targets(settings.run_dir, settings.address, settings.port)
+        self._targets = drivers.driver(settings.target, settings.run_dir, settings.address, settings.port)
         self._transfers = Transfers(settings.state_dir, settings.address, settings.transfer_port)
         self._portals = Portals(self._targets, self._pools, settings.address, settings.port, settings.know_by)
         self._returns = Returns(self._volumes, self._transfers, self._portals.close)
@@ -87,7 +88,7 @@ class KernelNas:
 
     def start(self) -> None:
         """As :meth:`NasPlane.start`. Raises ``conflict`` too, if the portal is taken."""
-        for program in PROGRAMS:
+        for program in (*PROGRAMS, *self._targets.programs):
             which(program)
         self._volumes.sweep()
         self._targets.ensure()
@@ -170,7 +171,7 @@ class KernelNas:
         seen, known = self._current(grant)
         iqn = names.target_name(grant.nas, grant.volume.name, grant.generation, grant.container)
 
-        def check(targets: Sequence[Target]) -> list[Target]:
+        def check(targets: Sequence[Seen]) -> list[Seen]:
             return superseded(grant, iqn, [target for target in targets if dataset_of(target) == seen.name])
 
         if known.back is not None or known.opened not in ("", str(grant.generation)):

@@ -14,12 +14,12 @@ from imgstorage.core.mapping import Generation, Volume
 from imgstorage.core.names import HostName
 from imgstorage.core.ports import ExportSeen, Grant, Portal
 from imgstorage.planes.common import names
-from imgstorage.planes.common.target import LUN, Offer, Targets
+from imgstorage.planes.common.targets.protocol import LUN, Offer, Seen, Targets
 from imgstorage.planes.kernel import initiators, layout
 from imgstorage.planes.kernel.pools import Pools
 from imgstorage.planes.kernel.volumes import Volumes
 from imgstorage.tools import blockdev
-from imgstorage.tools.tgtadm import Target
+from imgstorage.tools.zfs import datasets
 
 WRITABLE_TIMEOUT_S = 30.0
 
@@ -52,7 +52,7 @@ class Portals:
         grant: Grant,
         portal: Portal,
         dataset: str,
-        check: Callable[[Sequence[Target]], Sequence[Target]] = lambda _: [],
+        check: Callable[[Sequence[Seen]], Sequence[Seen]] = lambda _: [],
     ) -> None:
         """Have that target exist, over a volume's zvol, for the grant's container only; ``check`` as
         :meth:`Targets.offer`."""
@@ -63,15 +63,21 @@ class Portals:
             serial=portal.serial,
             user=portal.user,
             initiator=names.initiator_name(grant.container),
-            address=initiators.address(grant.container, self.address, self.know_by),
+            address=initiators.address(grant.container, self.address, self._know_by),
             readonly=not portal.writable,
         )
+        if portal.writable and not self.targets.synchronous:
+            datasets.set_properties(dataset, {"sync": "always"})
         # tgtd opens read-only, without a word, what it cannot open for writing
         held = blockdev.writable(device, deadline_s=WRITABLE_TIMEOUT_S) if portal.writable else nullcontext()
         with held:
             self.targets.offer(offer, portal.secret, check)
 
-    def of(self, dataset: str) -> list[Target]:
+    @property
+    def _know_by(self) -> str:
+        return self.know_by if self.targets.knows_addresses else initiators.NAME
+
+    def of(self, dataset: str) -> list[Seen]:
         """The targets over a zvol."""
         return [target for target in self.targets.seen() if dataset_of(target) == dataset]
 
@@ -85,7 +91,7 @@ class Portals:
         It works while the pool is not there too: the name and the grant, which is random, have to do.
         """
 
-        def of_grant(target: Target) -> bool:
+        def of_grant(target: Seen) -> bool:
             name = names.parse_target(target.name)
             if name is None or name.generation != generation:
                 return False
@@ -99,10 +105,13 @@ class Portals:
         self.targets.remove(of_grant)
 
     def seen(self) -> Sequence[ExportSeen]:
-        """As :meth:`NasPlane.exports`."""
+        """As :meth:`NasPlane.exports`. One of ours that offers nothing is left out: somebody took it apart, and it has
+        to be made again."""
         found = []
         for target in self.targets.seen():
             name, dataset = names.parse_target(target.name), dataset_of(target)
+            if name is not None and not target.path:
+                continue
             ours = dataset if dataset is not None and self.pools.owns(dataset) else None
             found.append(
                 ExportSeen(
@@ -115,7 +124,6 @@ class Portals:
         return found
 
 
-def dataset_of(target: Target) -> str | None:
+def dataset_of(target: Seen) -> str | None:
     """The zvol that a target offers; None for none, or one that is gone."""
-    lun = target.lun(LUN)
-    return None if lun is None else blockdev.zvol_of(Path(lun.path))
+    return blockdev.zvol_of(Path(target.path)) if target.path else None

@@ -1,4 +1,5 @@
-"""iSCSI sessions of a container: logged in by a static record, the disk found by serial and size.
+"""iSCSI sessions of a container: logged in by a static record, under the name that the NAS knows the container by; the
+disk found by serial and size.
 
 A lost session waits for its target without end, in every mode: one read that fails while a chunk is copied up marks
 the whole snapshot invalid.
@@ -7,6 +8,7 @@ the whole snapshot invalid.
 from __future__ import annotations
 
 from imgstorage.core.ports import Portal
+from imgstorage.planes.common import names
 from imgstorage.planes.kernel import layout
 from imgstorage.planes.kernel.container_settings import ContainerSettings
 from imgstorage.tools.iscsi_record import FOR_EVER, Node, Settings
@@ -30,7 +32,11 @@ def login(settings: ContainerSettings, portal: Portal, size_bytes: int) -> Disk:
     target = node(portal)
     if settings.sysfs.session(portal.iqn) is None:
         secrets = Settings(
-            user=portal.user, secret=portal.secret, replacement_timeout_s=FOR_EVER, digests=settings.digests
+            user=portal.user,
+            secret=portal.secret,
+            replacement_timeout_s=FOR_EVER,
+            digests=settings.digests,
+            initiator=names.initiator_name(settings.host),
         )
         settings.initiator.write_record(target, secrets)
         settings.initiator.login(target)

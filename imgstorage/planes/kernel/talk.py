@@ -153,4 +153,4 @@ def digest(guid: int) -> str:
 
 def fold_digest(generation: Generation, attempt: int) -> str:
     """What a container says of a fold once the merge is complete and the LUN was flushed and logged out of."""
-    return f"folded {generation} {attempt}"
+    return f"folded-{generation}-{attempt}"

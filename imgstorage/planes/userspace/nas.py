@@ -33,7 +33,8 @@ from imgstorage.core.ports import (
 )
 from imgstorage.planes.common import names
 from imgstorage.planes.common.images import inspect
-from imgstorage.planes.common.target import LUN, Offer, Targets
+from imgstorage.planes.common.targets.protocol import LUN, Offer, Seen
+from imgstorage.planes.common.targets.tgt import TgtTargets
 from imgstorage.planes.common.verbs import typed_errors
 from imgstorage.planes.common.versions import next_version, superseded
 from imgstorage.planes.userspace import images, returns, sidecar
@@ -41,7 +42,6 @@ from imgstorage.planes.userspace.returns import Delta
 from imgstorage.planes.userspace.sidecar import Sidecar
 from imgstorage.planes.userspace.volumes import Volumes
 from imgstorage.tools.run import which
-from imgstorage.tools.tgtadm import Target
 
 PROGRAMS = ("tgtd", "tgtadm", "qemu-img")
 
@@ -86,7 +86,7 @@ class UserspaceNas:
         self._volumes = Volumes(roots)
         for folder in (settings.state_dir, settings.socket_dir):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._targets = Targets(settings.socket_dir, settings.address, settings.port)
+        self._targets = TgtTargets(settings.socket_dir, settings.address, settings.port)
 
     # -- the plane itself ------------------------------------------------------------------------------------
 
@@ -143,7 +143,7 @@ class UserspaceNas:
     def trash(self, volume: Volume) -> None:
         """As :meth:`NasPlane.trash`. Raises ``in_use`` too while a verified delta waits to be applied."""
         path = self._volumes.path(volume)
-        if any(_path(target) == str(path) for target in self._targets.seen()):
+        if any(target.path == str(path) for target in self._targets.seen()):
             raise ImgStorageError("in_use", f"{volume} is exported")
         known = sidecar.load(path)
         if known is not None and known.stamp.volume.uuid == volume.uuid:
@@ -175,8 +175,8 @@ class UserspaceNas:
         iqn = names.target_name(grant.nas, grant.volume.name, grant.generation, grant.container)
         portal = self._portal(grant, iqn, "", secret, writable=grant.mode is Mode.DIRECT)
 
-        def check(seen: Sequence[Target]) -> list[Target]:
-            return superseded(grant, iqn, [target for target in seen if _path(target) == str(path)])
+        def check(seen: Sequence[Seen]) -> list[Seen]:
+            return superseded(grant, iqn, [target for target in seen if target.path == str(path)])
 
         if portal.writable and not known.opened:
             sidecar.save(path, replace(known, opened=True))
@@ -195,14 +195,14 @@ class UserspaceNas:
                 raise
             path = None
 
-        def of_grant(target: Target) -> bool:
+        def of_grant(target: Seen) -> bool:
             name = names.parse_target(target.name)
             if name is None or name.generation != generation:
                 return False
             if container is not None and name.container != names.short(container):
                 return False
-            backing = _path(target)
-            if backing is None or path is None:  # made half, it has no LUN yet; or the pool is gone
+            backing = target.path
+            if not backing or path is None:  # made half, it has no LUN yet; or the pool is gone
                 return name.body.endswith(f"-{names.in_iqn(volume.name)}")
             return backing == str(path) or _is_delta_of(backing, path)
 
@@ -212,10 +212,10 @@ class UserspaceNas:
         """As :meth:`NasPlane.exports`."""
         found = []
         for target in self._targets.seen():
-            name, path = names.parse_target(target.name), _path(target)
-            ours = name is not None and path is not None and self._volumes.owns(path)
+            name, path = names.parse_target(target.name), target.path
+            ours = name is not None and path and self._volumes.owns(path)
             volume = ""
-            if ours and name is not None and path is not None:
+            if ours and name is not None:
                 file = Path(path).name
                 tail = f".{name.generation}.a{name.attempt}{returns.SUFFIX}"
                 volume = file.removesuffix(sidecar.VOLUME_SUFFIX if name.attempt is None else tail)
@@ -276,7 +276,7 @@ class UserspaceNas:
         if not done:
             known = self._based(grant, delta)
             self._close(delta)
-            self._targets.remove(lambda target: _path(target) == str(path))  # its readers would see a mixture
+            self._targets.remove(lambda target: target.path == str(path))  # its readers would see a mixture
             returns.apply(self._volumes, path, known, delta)
         returns.forget(delta)
 
@@ -329,7 +329,7 @@ class UserspaceNas:
         )
 
     def _close(self, delta: Delta) -> None:
-        self._targets.remove(lambda target: _path(target) == str(delta.path))
+        self._targets.remove(lambda target: target.path == str(delta.path))
 
     def _drop(self, delta: Delta) -> None:
         self._close(delta)
@@ -344,11 +344,6 @@ class UserspaceNas:
             return
         self._close(delta)
         returns.set_aside(self._volumes, delta)
-
-
-def _path(target: Target) -> str | None:
-    lun = target.lun(LUN)
-    return lun.path if lun is not None else None
 
 
 def _is_delta_of(backing: str, volume_file: Path) -> bool:

@@ -1,15 +1,20 @@
-"""The NAS's own iSCSI target daemon: one tgtd, and the targets in it.
+"""tgt: the NAS's own iSCSI target daemon, one tgtd, and the targets in it.
 
-Rules
+Rules beside those of the protocol
 * It outlives the daemon that started it. Who has the control socket is asked of the kernel (by the lock that tgtd
   holds), so one whose starter died before writing anything down is adopted all the same; ``tgtd.json`` names it for
   the case that the lock's file is gone. One that answers and has its portal is never ended.
 * tgtd goes on, and answers, when its portal's port is taken by another: it counts as up only if it has the
   portal. It knows nothing after a restart: whoever calls :meth:`Targets.ensure` makes the targets again.
-* A target is offered in this order: target, LUN, its parameters, account, and the access list last, so nobody
-  gets in before read-only and CHAP hold. One that is not exactly as wanted is removed and made again.
-* A target counts as removed when tgtd neither lists it nor has its file open: a write that was under way has
-  ended by then.
+* A target is offered in this order: target, LUN, its parameters, account, and the access list last.
+* A writable LUN is opened O_SYNC: after a crash of the NAS an initiator's next flush would succeed although
+  acknowledged writes were gone.
+* A LUN keeps the size that its file had when it was made. Making it anew within its target fails what comes meanwhile
+  (ILLEGAL REQUEST: a writer saw 129 errors), opening its file anew (``path=``) what is under way (medium errors for two
+  of four writers); making the whole target anew fails nothing, for an initiator logs in again and sends again what was
+  not answered.
+* A target counts as removed when tgtd neither lists it nor has its file open.
+* All that is in this tgtd is this NAS's: nobody else has its control socket.
 * One lock around each change: target numbers are used again, and two threads must not mean the same one.
 """
 
@@ -28,12 +33,12 @@ from pathlib import Path
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.planes.common import files
+from imgstorage.planes.common.targets.protocol import LUN, Offer, Seen, portal_text
 from imgstorage.tools.run import spawn, start_time, wait_gone
 from imgstorage.tools.tgtadm import Target, Tgt
 
 log = logging.getLogger(__name__)
 
-LUN = 1
 IO_THREADS = 2
 START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 10.0
@@ -43,56 +48,41 @@ POLL_S = 0.002
 RESTART_PAUSE_S = 0.1
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Offer:
-    """One target as it should be: a file or device for one initiator, who is known by name (``initiator``) or by
-    ``address``, never by both: tgtd lets in who fits either. ``sync`` opens the file O_SYNC."""
-
-    iqn: str
-    path: Path
-    serial: str
-    user: str
-    initiator: str = ""
-    address: str = ""
-    readonly: bool
-
-    @property
-    def sync(self) -> bool:
-        """Writable LUNs are synchronous: after a NAS crash an initiator's next flush would succeed although
-        acknowledged writes were gone."""
-        return not self.readonly
-
-    def is_made(self, target: Target) -> bool:
-        """Whether a target is exactly this."""
-        lun = target.lun(LUN)
-        return (
-            lun is not None
-            and target.name == self.iqn
-            and lun.online
-            and lun.path == str(self.path)
-            and lun.serial == self.serial
-            and lun.readonly == self.readonly
-            and lun.thin
-            and lun.flags == ("sync" if self.sync else "")
-            and target.accounts == (self.user,)
-            and target.acl == (self.address or self.initiator,)
-            and len(target.luns) == 2
-        )
-
-
 @dataclass(frozen=True)
 class _Process:
     pid: int
     start_time: int
 
 
-def portal_text(address: str, port: int) -> str:
-    """A portal as tgtd takes it; an IPv6 address goes in brackets."""
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+def _seen(target: Target) -> Seen:
+    lun = target.lun(LUN)
+    return Seen(name=target.name, path=lun.path if lun is not None else "", sessions=target.sessions)
 
 
-class Targets:
-    """The target daemon of one NAS, in a folder of its own."""
+def _is_made(target: Target, offer: Offer) -> bool:
+    """Whether a target is exactly as it was to be offered."""
+    lun = target.lun(LUN)
+    return (
+        lun is not None
+        and target.name == offer.iqn
+        and lun.online
+        and lun.path == str(offer.path)
+        and lun.serial == offer.serial
+        and lun.readonly == offer.readonly
+        and lun.thin
+        and lun.flags == ("" if offer.readonly else "sync")
+        and target.accounts == (offer.user,)
+        and target.acl == (offer.address or offer.initiator,)
+        and len(target.luns) == 2
+    )
+
+
+class TgtTargets:
+    """A :class:`Targets`: the target daemon of one NAS, in a folder of its own."""
+
+    programs: Sequence[str] = ("tgtd", "tgtadm")
+    synchronous = True
+    knows_addresses = True
 
     def __init__(self, folder: Path, address: str, port: int) -> None:
         self._folder = folder
@@ -104,6 +94,7 @@ class Targets:
         self._guard = threading.RLock()
         self._depth = 0
         self._secrets: dict[str, str] = {}
+        self._sizes: dict[str, int] = {}
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -121,10 +112,7 @@ class Targets:
     # -- the daemon ------------------------------------------------------------------------------------------
 
     def ensure(self) -> bool:
-        """See that the daemon runs, answers and has its portal; True if it had to be started (it knows no targets).
-
-        Raises ``tool_missing``, ``failed``, ``conflict`` (the port is taken).
-        """
+        """As :meth:`Targets.ensure`: tgtd runs, answers and has its portal; one that was started knows nothing."""
         with self._locked():
             process = self._running()
             if process is not None and self._has_portal():
@@ -136,7 +124,7 @@ class Targets:
             return True
 
     def stop(self) -> None:
-        """Remove all targets, then end the daemon. No error if it does not run."""
+        """As :meth:`Targets.stop`."""
         with self._locked():
             process = self._running()
             if process is None:
@@ -152,7 +140,7 @@ class Targets:
 
     @property
     def pid(self) -> int | None:
-        """The process id of the daemon; None if it does not run."""
+        """As :attr:`Targets.pid`."""
         process = self._running()
         return process.pid if process else None
 
@@ -231,52 +219,60 @@ class Targets:
 
     # -- targets ---------------------------------------------------------------------------------------------
 
-    def seen(self) -> list[Target]:
-        """All targets that exist now. Raises ``tool_failed`` if the daemon does not run."""
-        return self._tgt.targets()
+    def seen(self) -> list[Seen]:
+        """As :meth:`Targets.seen`."""
+        return [_seen(target) for target in self._tgt.targets()]
 
-    def offer(self, offer: Offer, secret: str, check: Callable[[Sequence[Target]], Sequence[Target]]) -> None:
-        """Make a target as ``offer`` says; nothing is done if it is so already.
-
-        ``check`` is given all targets and returns those that have to go first; it may raise.
-        """
+    def offer(self, offer: Offer, secret: str, check: Callable[[Sequence[Seen]], Sequence[Seen]]) -> None:
+        """As :meth:`Targets.offer`."""
         with self._locked():
-            seen = self._tgt.targets()
-            for old in check(seen):
-                self._remove(old)
-            mine = next((target for target in seen if target.name == offer.iqn), None)
-            if mine is not None and not offer.is_made(mine):
+            found = {target.name: target for target in self._tgt.targets()}
+            for old in check([_seen(target) for target in found.values()]):
+                self._remove(found[old.name])
+            mine = found.get(offer.iqn)
+            if mine is not None and not _is_made(mine, offer):
                 self._remove(mine)
                 mine = None
             mark = hashlib.sha256(secret.encode()).hexdigest()
             if mine is None:
-                self._make(offer, secret, {target.tid for target in seen})
+                self._make(offer, secret, {target.tid for target in found.values()})
             elif self._secrets.get(offer.iqn) != mark:
                 self._tgt.set_account(offer.user, secret)
                 self._tgt.bind_account(mine.tid, offer.user)
             self._secrets[offer.iqn] = mark
 
+    def renew(self, offer: Offer, secret: str) -> None:
+        """As :meth:`Targets.renew`."""
+        with self._locked():
+            mine = next((target for target in self._tgt.targets() if target.name == offer.iqn), None)
+            if mine is not None and self._sizes.get(offer.iqn) != _size(offer.path):
+                self._remove(mine)
+            self.offer(offer, secret, lambda _: [])
+
     def _make(self, offer: Offer, secret: str, taken: set[int]) -> None:
+        size = _size(offer.path)
         tid = next(number for number in range(1, len(taken) + 2) if number not in taken)
         params = {"scsi_sn": offer.serial, "thin_provisioning": "1", "readonly": "1" if offer.readonly else "0"}
         self._tgt.new_target(tid, offer.iqn)
-        self._tgt.new_lun(tid, LUN, offer.path, params, sync=offer.sync)
+        self._tgt.new_lun(tid, LUN, offer.path, params, sync=not offer.readonly)
         self._tgt.set_account(offer.user, secret)
         self._tgt.bind_account(tid, offer.user)
         self._tgt.bind_initiator(tid, name="" if offer.address else offer.initiator, address=offer.address)
         made = next((target for target in self._tgt.targets() if target.tid == tid), None)
-        if made is None or not offer.is_made(made):
+        if made is None or not _is_made(made, offer):
             raise ImgStorageError("failed", f"target {offer.iqn} is not as it should be: {made}")
+        self._sizes[offer.iqn] = size
 
-    def remove(self, which: Callable[[Target], bool]) -> None:
-        """Remove the targets that ``which`` picks, whatever their sessions, and see that they are gone."""
+    def remove(self, which: Callable[[Seen], bool]) -> None:
+        """As :meth:`Targets.remove`."""
         with self._locked():
             for target in self._tgt.targets():
-                if which(target):
+                if which(_seen(target)):
                     self._remove(target)
 
     def _remove(self, target: Target) -> None:
-        self._tgt.delete_target(target.tid, force=True)
+        self._delete(target)
+        self._sizes.pop(target.name, None)
         for user in target.accounts:
             self._tgt.delete_account(user)
         self._secrets.pop(target.name, None)
@@ -287,6 +283,17 @@ class Targets:
         for lun in target.luns:
             if lun.number and lun.path not in still:
                 self._wait_closed(lun.path)
+
+    def _delete(self, target: Target) -> None:
+        until = time.monotonic() + CLOSE_TIMEOUT_S
+        while True:
+            try:
+                self._tgt.delete_target(target.tid, force=True)
+                return
+            except ImgStorageError as error:
+                if error.code != "in_use" or time.monotonic() > until:
+                    raise
+            time.sleep(POLL_S)
 
     def _wait_closed(self, path: str) -> None:
         until = time.monotonic() + CLOSE_TIMEOUT_S
@@ -306,6 +313,15 @@ class Targets:
                 with contextlib.suppress(OSError):
                     found.add(os.readlink(f"{folder}/{name}"))
         return found
+
+
+def _size(path: Path) -> int:
+    """The size of a file or a block device."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.lseek(fd, 0, os.SEEK_END)
+    finally:
+        os.close(fd)
 
 
 def _is_tgtd(pid: int) -> bool:
