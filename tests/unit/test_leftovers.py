@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
