@@ -1,4 +1,4 @@
-"""``add``, ``list``, ``remove`` and ``dump host storageimg``: the volumes themselves."""
+"""``add``, ``list``, ``grow``, ``remove`` and ``dump host storageimg``: the volumes themselves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from imgstorage.cli.table import Column
 from imgstorage.cli.wait import Watch
 from imgstorage.core import names
 from imgstorage.core.errors import EXIT_OK
-from imgstorage.core.messages import AddZvol, DelZvol, DumpZvol
+from imgstorage.core.messages import AddZvol, DelZvol, DumpZvol, GrowZvol
 from imgstorage.core.operations import Milestone
 
 COLUMNS = (
@@ -58,6 +58,21 @@ def add(call: Call) -> int:
     return _run(call, request, f"adding   {request.nas} : {request.pool} / {request.volume}")
 
 
+def grow(call: Call) -> int:
+    """``grow host storageimg NAS ZPOOL VOLUME SIZE``."""
+    request = GrowZvol(
+        op=names.new_op_id(),
+        nas=names.host_name(call.one("NAS")),
+        pool=names.pool_name(call.one("ZPOOL")),
+        volume=names.volume_name(call.one("VOLUME")),
+        size_bytes=names.parse_size(call.one("SIZE")),
+        expires_at=expiry(),
+        requester=requester(),
+    )
+    size = names.format_size(request.size_bytes)
+    return _run(call, request, f"growing   {request.nas} : {request.pool} / {request.volume}  to  {size}")
+
+
 def remove(call: Call) -> int:
     """``remove host storageimg NAS ZPOOL VOLUME``."""
     request = DelZvol(
@@ -85,7 +100,7 @@ def dump(call: Call) -> int:
     return _run(call, request, f"dumping   {request.nas} : {request.pool} / {request.volume}  to  {request.path}")
 
 
-def _run(call: Call, request: AddZvol | DelZvol | DumpZvol, line: str) -> int:
+def _run(call: Call, request: AddZvol | GrowZvol | DelZvol | DumpZvol, line: str) -> int:
     with frontend(call) as door, Watch(f"{line.split(maxsplit=1)[0]} {request.pool}/{request.volume}") as watch:
         answer = door.begin(request, request.op, request.expires_at)
         operation = answer.operation

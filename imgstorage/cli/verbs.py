@@ -169,6 +169,26 @@ VERBS = (
         examples=("list host storageimg nas-0-0",),
     ),
     Verb(
+        words=("grow", "host", "storageimg"),
+        summary="make a volume larger",
+        text="Gives a volume more room; the new space reads as zeros. SIZE is the size that it shall have, and cannot "
+        "be less than it has; repeating the command is harmless. A volume in use grows with its device: in direct mode "
+        "the NAS's volume first, and a guest's reads and writes wait for some seconds; a volume that is local on its "
+        "container there first, and the NAS's copy with a pull that begins at once. While a volume is copied, merged "
+        "or on its way back it is refused. A device with a path shows its new size at once, also to those who have it "
+        "open; over nbd+unix:// who opens it from then on sees it. Making partitions and file systems larger is left "
+        "to the guest.",
+        handler="imgstorage.cli.storageimg:grow",
+        arguments=(
+            NAS,
+            ZPOOL,
+            VOLUME,
+            Argument(name="SIZE", help="the new size: a number of GiB, or with K, M, G or T behind it"),
+        ),
+        parameters=(WAIT,),
+        examples=("grow host storageimg nas-0-0 tank vol1 20",),
+    ),
+    Verb(
         words=("dump", "host", "storageimg"),
         summary="write a volume to a file",
         text="Writes the bytes of an unmapped volume to a new raw disk image on the NAS.",

@@ -48,6 +48,14 @@ class Pull(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Grow(Event):
+    """The volume shall have this size, which is more than it has, while the device is in use."""
+
+    op: OpId
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Share(Event):
     """A second container shall reach the volume too, for a live migration."""
 
@@ -118,6 +126,19 @@ class Detached(Result):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Grown(Result):
+    """The NAS's volume and its target have the new size."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resized(Result):
+    """The container's device has this size; ``device`` is where it is opened now."""
+
+    size_bytes: int
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ReturnOpened(OfAttempt):
     """The NAS can receive."""
 
@@ -139,7 +160,9 @@ class ReturnVerified(OfAttempt):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Applied(OfAttempt):
-    """What was verified is the volume now."""
+    """What was verified is the volume now, which has ``size_bytes``."""
+
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,10 +210,10 @@ class Restarted(Event):
     """A daemon, a target or a host came back: what was under way may not be."""
 
 
-ASKED = (Map, Unmap, Pull, Share, Unshare, Resolved)
+ASKED = (Map, Unmap, Pull, Grow, Share, Unshare, Resolved)
 FAULTS = (Failed, TimedOut, Restarted)
 RESULTS: tuple[type[Result], ...] = (
-    Exported, Unexported, Attached, Hydrated, Merged, Detached, ReturnOpened, Returned, ReturnVerified, Applied,
-    SecondExported, SecondAttached, LeavingDetached, LeavingUnexported,
+    Exported, Unexported, Attached, Hydrated, Merged, Detached, Grown, Resized, ReturnOpened, Returned,
+    ReturnVerified, Applied, SecondExported, SecondAttached, LeavingDetached, LeavingUnexported,
 )  # fmt: skip
 EVENTS: tuple[type[Event], ...] = (*ASKED, *RESULTS, *FAULTS)

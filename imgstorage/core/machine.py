@@ -127,7 +127,11 @@ def _absorbed(rule: Rule, mapping: Mapping, event: ev.Event) -> Mapping:
         case ev.Failed():
             # what is in use was attached, although nobody heard of it; a direct device has nothing the NAS has not
             proven = {"never delivered": Held.NOTHING, "lost, direct": Held.NOTHING, "in use, copying": Held.OVERLAY}
-            return replace(after, error=event.message, held=proven.get(rule.when, after.held))
+            undone = rule.when in ("cannot grow", "cannot grow, unmap waits", "no room to grow")
+            return replace(after, error=event.message, held=proven.get(rule.when, after.held),
+                           grown_bytes=0 if undone else after.grown_bytes)  # fmt: skip
+        case ev.Grow():
+            return replace(after, grown_bytes=event.size_bytes)
         case ev.Map() if mapping.phase is Phase.IDLE:
             return Mapping(volume=mapping.volume, mode=event.mode, container=event.container,
                            remote_pool=event.remote_pool, generation=event.generation, map_op=event.op)  # fmt: skip
@@ -145,8 +149,13 @@ def _absorbed(rule: Rule, mapping: Mapping, event: ev.Event) -> Mapping:
         case ev.ReturnVerified():
             return replace(after, error="", verified=Verified(
                 generation=after.generation, version=event.version, digest=event.digest))  # fmt: skip
+        case ev.Resized() if event.size_bytes != mapping.grown_bytes:
+            return after
+        case ev.Resized():
+            home = after.mode is Mode.DIRECT  # in sync mode the NAS has it with what comes back
+            return replace(after, device=event.device, error="", grown_bytes=0 if home else after.grown_bytes)
         case ev.Applied():
-            return replace(after, verified=None, error="")
+            return replace(after, verified=None, error="", grown_bytes=0)
         case ev.Share():
             return replace(after, second=event.container)
         case ev.Unshare():

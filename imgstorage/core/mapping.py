@@ -38,6 +38,8 @@ class Phase(str, Enum):
     HYDRATING = "hydrating"
     MERGING = "merging"
     LOCAL = "local"
+    GROWING = "growing"
+    RESIZING = "resizing"
     PULLING = "pulling"
     DETACHING = "detaching"
     FOLDING = "folding"
@@ -66,6 +68,8 @@ PUBLIC: dict[Phase, Public] = {
     Phase.HYDRATING: Public.NAS_TO_VM,
     Phase.MERGING: Public.MAPPED,
     Phase.LOCAL: Public.MAPPED,
+    Phase.GROWING: Public.MAPPED,
+    Phase.RESIZING: Public.MAPPED,
     Phase.PULLING: Public.VM_TO_NAS_SCHEDULED,
     Phase.DETACHING: Public.MAPPED,
     Phase.FOLDING: Public.VM_TO_NAS,
@@ -119,8 +123,8 @@ NEVER_GRANTED = Generation(counter=0, grant="")
 class Volume:
     """A volume on a NAS.
 
-    ``version`` names its bytes: new at every write-back, revert and writable grant; ``parent_version`` is the one
-    before.
+    ``version`` names its bytes: new at every write-back, revert and writable grant, and when an unmapped volume grows;
+    ``parent_version`` is the one before.
     """
 
     uuid: VolumeUuid
@@ -157,7 +161,9 @@ class Mapping:
     ``map_op`` is the operation that made the mapping, ``op`` the one that drives the present phase (None at
     rest), ``unmap_op`` an unmap that was accepted and waits for the phase to end. ``attempt`` numbers the
     ways back of one generation. ``error`` says why the last step failed ("" once one succeeds). ``second``
-    is the other container while two share the volume, ``leaving`` the one of them that goes.
+    is the other container while two share the volume, ``leaving`` the one of them that goes. ``grown_bytes`` is the
+    size that one side has, or may have, and the other not yet (0: both have the volume's): the container in sync mode,
+    the NAS in direct mode.
     """
 
     volume: VolumeUuid
@@ -177,6 +183,7 @@ class Mapping:
     leaving: HostName | None = None
     device: str = ""
     error: str = ""
+    grown_bytes: int = 0
 
     @property
     def public(self) -> Public:

@@ -219,6 +219,20 @@ class PullZvol(Message):
     requester: str = ""
 
 
+@_declare("grow_zvol", *ASKERS, timeout=Timeout.ACCEPT, answer=OperationAnswer)
+@dataclass(frozen=True, kw_only=True)
+class GrowZvol(Message):
+    """Make a volume larger: ``size_bytes`` is the size that it shall have, mapped or not."""
+
+    op: OpId
+    nas: HostName
+    pool: PoolName
+    volume: VolumeName
+    size_bytes: int
+    expires_at: float
+    requester: Prose = ""
+
+
 @_declare("add_zvol", *ASKERS, timeout=Timeout.ACCEPT, answer=OperationAnswer)
 @dataclass(frozen=True, kw_only=True)
 class AddZvol(Message):
@@ -358,6 +372,14 @@ class ReturnZvol(Command):
     port: ReturnPort
 
 
+@_declare("resize_zvol", Role.NAS)
+@dataclass(frozen=True, kw_only=True)
+class ResizeZvol(Command):
+    """Make the device ``size_bytes`` large; answer ``zvol_resized``."""
+
+    size_bytes: int
+
+
 @_declare("release_zvol", Role.NAS)
 @dataclass(frozen=True, kw_only=True)
 class ReleaseZvol(Command):
@@ -404,6 +426,15 @@ class ZvolDetached(Report):
     """The device is gone; ``holds`` is what is kept, durably."""
 
     holds: Held
+
+
+@_declare("zvol_resized", Role.CONTAINER)
+@dataclass(frozen=True, kw_only=True)
+class ZvolResized(Report):
+    """The device has this size."""
+
+    size_bytes: int
+    device: DevicePath
 
 
 @_declare("zvol_returned", Role.CONTAINER)

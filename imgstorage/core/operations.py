@@ -36,6 +36,7 @@ class Kind(str, Enum):
     DELETE = "delete"
     DUMP = "dump"
     PULL = "pull"
+    GROW = "grow"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

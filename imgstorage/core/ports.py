@@ -84,7 +84,7 @@ class Grant:
     """The right of one container to use one volume: what the NAS's plane exports and a container attaches.
 
     ``version`` is that of the volume's bytes when they were exported; ``portal`` is filled in by
-    :meth:`NasPlane.export`.
+    :meth:`NasPlane.export`. ``grown_bytes``: the size that what comes back may have instead of the volume's (0: none).
     """
 
     volume: Volume
@@ -94,6 +94,7 @@ class Grant:
     generation: Generation
     remote_pool: PoolName | None = None
     portal: Portal | None = None
+    grown_bytes: int = 0
 
 
 class ReturnKind(str, Enum):
@@ -266,6 +267,16 @@ class NasPlane(Protocol):
         """
         ...
 
+    def grow(self, volume: Volume, size_bytes: int, grant: Grant | None = None, secret: str = "") -> Volume:
+        """Make the volume larger, its new space zeros; returns it as it is then.
+
+        ``volume`` is as it was before, also when a call that was broken off is repeated. Without ``grant`` nobody has
+        it, and its bytes are a new version. With one, of direct mode, its bytes stay the version that is being
+        written; the target offers the new size when this returns, and who is logged in waits until then.
+        Raises ``no_space``, ``bad_size``, and what :meth:`export` raises of the stamp; it is as before then.
+        """
+        ...
+
     def trash(self, volume: Volume) -> None:
         """Rename the volume to a trash name. No error if it is gone. Raises ``in_use`` while exported."""
         ...
@@ -314,8 +325,9 @@ class NasPlane(Protocol):
         """
         ...
 
-    def apply_return(self, grant: Grant, version: str) -> None:
-        """Make what was verified the volume's bytes; repeatable until done; then the stamp has ``version``."""
+    def apply_return(self, grant: Grant, version: str) -> int:
+        """Make what was verified the volume's bytes; repeatable until done; then the stamp has ``version``. Returns
+        the size that the volume has."""
         ...
 
     def drop_return(self, grant: Grant) -> None:
@@ -367,6 +379,15 @@ class ContainerPlane(Protocol):
 
     def progress(self, volume: VolumeUuid, generation: Generation) -> Progress:
         """How far the copy that runs (or ran) last is: the hydrate, or the way back once one was started."""
+        ...
+
+    def resize(self, volume: VolumeUuid, generation: Generation, size_bytes: int) -> Device:
+        """Make a device in use as large as that, its new space zeros; no error if it is.
+
+        A copy grows too, here, and the NAS's volume with what is sent back next. In direct mode the target has grown
+        before. Raises ``no_space``, ``bad_size``, ``conflict`` (it is not local, or larger), and nothing has changed
+        then; anything else is worth another try.
+        """
         ...
 
     def openers(self, volume: VolumeUuid) -> Sequence[str]:

@@ -29,11 +29,11 @@ def _rule(phases: Phase | tuple[Phase, ...], event: type[ev.Event], **rule: obje
 
 # fmt: off
 BUSY_GOING = (P.DETACHING, P.FOLDING, P.WRITING_BACK, P.APPLYING)
-USED = (P.ATTACHED, P.HYDRATING, P.MERGING, P.LOCAL, P.PULLING)
+USED = (P.ATTACHED, P.HYDRATING, P.MERGING, P.LOCAL, P.GROWING, P.RESIZING, P.PULLING)
 COMING_BACK = (P.FOLDING, P.WRITING_BACK)
 GOING = (P.DETACHING, *COMING_BACK)
 RETURNING = (P.PULLING, P.FOLDING, P.WRITING_BACK)
-HELD = (P.HYDRATING, P.MERGING, P.LOCAL, P.PULLING)
+HELD = (P.HYDRATING, P.MERGING, P.LOCAL, P.RESIZING, P.PULLING)
 AFTER_ALL = (Tell("op", M.CANCELLED), Tell("map_op", M.CANCELLED), Tell("unmap_op", M.LET_GO))
 STARTING = (P.EXPORTING, P.ATTACHING)
 
@@ -80,6 +80,10 @@ COMMON: tuple[Spec, ...] = (
           note="not exported in time: the map is taken back"),
     _rule(P.ATTACHING, ev.TimedOut, to=P.DETACHING, steps=(S.TELL_DETACH,), tell=(FAILS,),
           note="not attached in time: the map is taken back"),
+    # -- growing while it is in use, what both modes have in common
+    _rule((P.GROWING, P.RESIZING, P.PULLING), ev.Grow, when="same growth", note="already growing"),
+    _rule((P.GROWING, P.RESIZING), ev.Grow, refuse="busy", note="it grows to {m.grown_bytes} bytes"),
+    _rule(P.RESIZING, ev.Resized, when="of another growth", note="late: {e.size_bytes} bytes on {m.container}"),
     # -- whatever was under way when a daemon, a target or a host restarted is asked for again
     _rule(P.IDLE, ev.Restarted, note="at rest"),
     _rule(P.QUARANTINED, ev.Restarted, steps=(S.UNEXPORT,), note="quarantined: {m.error}"),
@@ -103,6 +107,31 @@ DIRECT: tuple[Spec, ...] = (
     _rule((P.ATTACHED, P.SHARING), ev.Pull, note="direct: every write is on the NAS already"),
     _rule(P.ATTACHED, ev.Restarted, steps=(S.EXPORT,), note="exports again"),
     _rule(P.DETACHING, ev.Restarted, steps=(S.EXPORT, S.TELL_DETACH), note="asks {m.container} again to let go"),
+    # -- growing: the NAS's volume and target, then the container's device
+    _rule(P.ATTACHED, ev.Grow, to=P.GROWING, steps=(S.GROW,), owner=Owner.TAKE, tell=(Tell("event", M.ACCEPTED),),
+          note="grows to {m.grown_bytes} bytes"),
+    _rule(P.GROWING, ev.Grown, when="unmap waits", to=P.DETACHING, steps=(S.TELL_DETACH,), owner=Owner.NEXT,
+          tell=(Tell("op", M.DONE),), note="grown; the unmap that waited goes on"),
+    _rule(P.GROWING, ev.Grown, to=P.RESIZING, steps=(S.TELL_RESIZE,), note="grown; {m.container} follows"),
+    _rule(P.GROWING, ev.Failed, when="cannot grow, unmap waits", to=P.DETACHING, steps=(S.TELL_DETACH,),
+          owner=Owner.NEXT, tell=(FAILS,), note="cannot grow: {e.message}"),
+    _rule(P.GROWING, ev.Failed, when="cannot grow", to=P.ATTACHED, owner=Owner.NOBODY, tell=(FAILS,),
+          note="cannot grow: {e.message}"),
+    _rule(P.GROWING, ev.Unmap, when="unmap waits", note="already being unmapped"),
+    # half-way its size is nobody's yet
+    _rule(P.GROWING, ev.Unmap, owner=Owner.DEFER, tell=(Tell("event", M.ACCEPTED),),
+          note="unmap waits until the volume has grown"),
+    _rule(P.GROWING, ev.Detached, note="{m.container} has let go; the volume grows first"),
+    _rule(P.GROWING, ev.Restarted, steps=(S.GROW,), note="grows again"),
+    _rule(P.RESIZING, ev.Resized, to=P.ATTACHED, owner=Owner.NOBODY, tell=(Tell("op", M.DONE),),
+          note="{e.size_bytes} bytes on {m.container}"),
+    _rule(P.RESIZING, ev.Unmap, to=P.DETACHING, steps=(S.TELL_DETACH,), owner=Owner.TAKE,
+          tell=(Tell("op", M.DONE), Tell("event", M.ACCEPTED)), note="the volume has grown; {m.container} lets go"),
+    _rule(P.RESIZING, ev.Detached, to=P.DETACHING, steps=(S.UNEXPORT,), owner=Owner.NOBODY, tell=(Tell("op", M.DONE),),
+          note="the volume has grown; {m.container} has let go after all"),
+    _rule(P.RESIZING, ev.Failed, when="cannot be resized", to=P.ATTACHED, owner=Owner.NOBODY, tell=(FAILS,),
+          note="the volume has grown, its device not: {e.message}"),
+    _rule(P.RESIZING, ev.Restarted, steps=(S.EXPORT, S.TELL_RESIZE), note="asks {m.container} again to follow"),
     # -- two containers during a live migration
     _rule(P.ATTACHED, ev.Share, when="shared already", refuse="conflict", note="already on {e.container}"),
     _rule(P.ATTACHED, ev.Share, to=P.SHARING, steps=(S.EXPORT_SECOND,), owner=Owner.TAKE,
@@ -156,9 +185,9 @@ SYNC: tuple[Spec, ...] = (
           note="{m.container} holds nothing"),
     _rule(P.DETACHING, ev.Detached, to=P.QUARANTINED, steps=(S.UNEXPORT,), owner=Owner.NOBODY, tell=ALL_FAIL,
           note="{m.container} no longer knows the copy it was given"),
-    _rule((P.HYDRATING, P.MERGING, *GOING, P.APPLYING), ev.Failed, when="lost", to=P.QUARANTINED,
+    _rule((P.HYDRATING, P.MERGING, P.RESIZING, *GOING, P.APPLYING), ev.Failed, when="lost", to=P.QUARANTINED,
           steps=(S.UNEXPORT,), owner=Owner.NOBODY, tell=ALL_FAIL, note="quarantined: {e.message}"),
-    _rule((P.HYDRATING, P.MERGING, *RETURNING), ev.Failed, when="met a newer grant", to=P.QUARANTINED,
+    _rule((P.HYDRATING, P.MERGING, P.RESIZING, *RETURNING), ev.Failed, when="met a newer grant", to=P.QUARANTINED,
           steps=(S.UNEXPORT,), owner=Owner.NOBODY, tell=ALL_FAIL, note="quarantined: {e.message}"),
     # it said "in use", and had let go when it was asked once more: it never takes the same grant again
     _rule(P.PULLING, ev.Detached, when="verified", note="{m.container} has let go; the pull is applied first"),
@@ -197,6 +226,20 @@ SYNC: tuple[Spec, ...] = (
           tell=ALL_FAIL, note="quarantined: {e.message}"),
     _rule(P.PULLING, ev.Failed, when="pull cannot work", to=P.LOCAL, steps=(S.DROP_RETURN,), owner=Owner.NOBODY,
           tell=(FAILS,), note="cannot be pulled: {e.message}"),
+    # -- growing: the container's copy and device; the NAS's volume, which what comes back is put on, with the next pull
+    _rule(P.LOCAL, ev.Grow, when="another growth", refuse="conflict",
+          note="it grew to {m.grown_bytes} bytes, which the NAS has to get first"),
+    _rule(P.LOCAL, ev.Grow, to=P.RESIZING, steps=(S.TELL_RESIZE,), owner=Owner.TAKE,
+          tell=(Tell("event", M.ACCEPTED),), note="grows to {m.grown_bytes} bytes on {m.container}"),
+    _rule(P.RESIZING, ev.Resized, to=P.PULLING, steps=(S.OPEN_RETURN,), fresh=True,
+          note="{e.size_bytes} bytes on {m.container}; the NAS follows"),
+    _rule(P.RESIZING, ev.Unmap, to=P.DETACHING, steps=(S.TELL_DETACH,), owner=Owner.TAKE,
+          tell=(Tell("op", M.CANCELLED), Tell("event", M.ACCEPTED)), note="unmap cancels the growing"),
+    _rule(P.RESIZING, ev.Failed, when="no room to grow", to=P.LOCAL, owner=Owner.NOBODY, tell=(FAILS,),
+          note="cannot grow: {e.message}"),
+    _rule(P.RESIZING, ev.Failed, when="cannot be resized", to=P.LOCAL, owner=Owner.NOBODY, tell=(FAILS,),
+          note="cannot grow: {e.message}"),
+    _rule(P.RESIZING, ev.Restarted, steps=(S.UNEXPORT, S.TELL_RESIZE), note="asks {m.container} again to grow"),
     # -- restarts
     _rule(P.HYDRATING, ev.Restarted, steps=(S.EXPORT, S.TELL_HYDRATE), note="the copy to {m.container} goes on"),
     _rule(P.MERGING, ev.Restarted, steps=(S.EXPORT, S.TELL_SETTLE), note="the merge on {m.container} goes on"),
@@ -210,12 +253,22 @@ SYNC: tuple[Spec, ...] = (
     _rule(P.APPLYING, ev.Restarted, steps=(S.APPLY_RETURN,), note="applies again"),
 )
 
-BUSY = (*STARTING, P.HYDRATING, P.MERGING, P.PULLING, *BUSY_GOING)
+BUSY = (*STARTING, P.HYDRATING, P.MERGING, P.GROWING, P.RESIZING, P.PULLING, *BUSY_GOING)
 REST = (
     # -- for every phase in which something is under way, after all that is said above
     _rule(BUSY, ev.Failed, steps=(S.AGAIN,), note="tried again: {e.message}"),
-    _rule((P.HYDRATING, P.MERGING, P.PULLING, *BUSY_GOING), ev.TimedOut, note="takes longer than expected"),
+    _rule((P.HYDRATING, P.MERGING, P.GROWING, P.RESIZING, P.PULLING, *BUSY_GOING), ev.TimedOut,
+          note="takes longer than expected"),
+    _rule((P.GROWING, P.RESIZING), ev.Pull, refuse="busy", note="it is growing"),
+    _rule(P.IDLE, ev.Grow, refuse="conflict", note="not mapped"),
+    _rule(STARTING, ev.Grow, refuse="busy", note="still being mapped on {m.container}"),
+    _rule((P.HYDRATING, P.MERGING), ev.Grow, refuse="busy", note="the copy to {m.container} is not complete"),
+    _rule(P.PULLING, ev.Grow, refuse="busy", note="changes are being pulled from {m.container}"),
+    _rule(P.SHARING, ev.Grow, refuse="busy", note="shared by {m.container} and {m.second}"),
+    _rule(BUSY_GOING, ev.Grow, refuse="busy", note="still being unmapped from {m.container}"),
+    _rule(P.QUARANTINED, ev.Grow, refuse="quarantined", note="quarantined: {m.error}"),
     _rule((P.IDLE, *STARTING, *BUSY_GOING, P.QUARANTINED), ev.Pull, refuse="conflict", note="not mapped"),
+    _rule((P.GROWING, P.RESIZING), ev.Share, refuse="busy", note="it is growing"),
     _rule((P.IDLE, *STARTING, *BUSY_GOING, P.QUARANTINED, P.HYDRATING, P.MERGING, P.LOCAL, P.PULLING),
           ev.Share, refuse="conflict", note="only a volume mapped in direct mode can be shared"),
     _rule((P.IDLE, *STARTING, *USED, *BUSY_GOING, P.QUARANTINED), ev.Unshare, refuse="conflict", note="not shared"),
@@ -229,8 +282,9 @@ REST = (
 
 # A mapping's phases by mode: what is not listed cannot be reached, and has no rules.
 PHASES: dict[Mode, tuple[Phase, ...]] = {
-    Mode.DIRECT: (P.IDLE, P.EXPORTING, P.ATTACHING, P.ATTACHED, P.SHARING, P.DETACHING, P.QUARANTINED),
-    Mode.SYNC: (P.IDLE, P.EXPORTING, P.ATTACHING, P.HYDRATING, P.MERGING, P.LOCAL, P.PULLING, P.DETACHING,
+    Mode.DIRECT: (P.IDLE, P.EXPORTING, P.ATTACHING, P.ATTACHED, P.GROWING, P.RESIZING, P.SHARING, P.DETACHING,
+                  P.QUARANTINED),
+    Mode.SYNC: (P.IDLE, P.EXPORTING, P.ATTACHING, P.HYDRATING, P.MERGING, P.LOCAL, P.RESIZING, P.PULLING, P.DETACHING,
                 P.FOLDING, P.WRITING_BACK, P.APPLYING, P.QUARANTINED),
 }
 

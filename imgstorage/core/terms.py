@@ -26,6 +26,8 @@ class Step(str, Enum):
     TELL_DETACH = "tell_detach"
     TELL_RETURN = "tell_return"
     TELL_RELEASE = "tell_release"
+    GROW = "grow"
+    TELL_RESIZE = "tell_resize"
     EXPORT_SECOND = "export_second"
     TELL_ATTACH_SECOND = "tell_attach_second"
     TELL_DETACH_LEAVING = "tell_detach_leaving"
@@ -70,6 +72,7 @@ TOLD = {
     Phase.ATTACHING: Step.TELL_ATTACH,
     Phase.HYDRATING: Step.TELL_HYDRATE,
     Phase.MERGING: Step.TELL_SETTLE,
+    Phase.RESIZING: Step.TELL_RESIZE,
     Phase.DETACHING: Step.TELL_DETACH,
     Phase.PULLING: Step.TELL_RETURN,
     Phase.FOLDING: Step.TELL_RETURN,
@@ -101,6 +104,14 @@ def _met_newer(mapping: Mapping, event: ev.Event) -> bool:
     return told is not None and event.step == told.value
 
 
+NO_ROOM = ("no_space", "bad_size")
+
+
+def _cannot_grow(event: ev.Event) -> bool:
+    """Nothing was changed, and trying again cannot help, or nobody knows when it could."""
+    return isinstance(event, ev.Failed) and (event.permanent or event.code in NO_ROOM)
+
+
 CONDITIONS: dict[str, Callable[[Mapping, ev.Event], bool]] = {
     "direct": lambda m, e: m.mode is Mode.DIRECT,
     "no new grant": lambda m, e: isinstance(e, ev.Map) and e.generation.counter <= m.generation.counter,
@@ -123,6 +134,13 @@ CONDITIONS: dict[str, Callable[[Mapping, ev.Event], bool]] = {
     "pull cannot work": lambda m, e: (
         isinstance(e, ev.Failed) and e.permanent and e.step in (Step.OPEN_RETURN, Step.TELL_RETURN)
     ),
+    "same growth": lambda m, e: isinstance(e, ev.Grow) and m.grown_bytes == e.size_bytes,
+    "another growth": lambda m, e: isinstance(e, ev.Grow) and m.grown_bytes not in (0, e.size_bytes),
+    "of another growth": lambda m, e: isinstance(e, ev.Resized) and m.grown_bytes != e.size_bytes,
+    "cannot grow": lambda m, e: _cannot_grow(e),
+    "cannot grow, unmap waits": lambda m, e: _cannot_grow(e) and m.unmap_op is not None,
+    "no room to grow": lambda m, e: isinstance(e, ev.Failed) and e.code in NO_ROOM and e.step == Step.TELL_RESIZE,
+    "cannot be resized": lambda m, e: isinstance(e, ev.Failed) and e.permanent and e.step == Step.TELL_RESIZE,
     "lost, direct": lambda m, e: isinstance(e, ev.Failed) and e.code == "lost_copy" and m.mode is Mode.DIRECT,
     "holds it all": lambda m, e: m.held is Held.LOCAL,
     "in use, direct": lambda m, e: _in_use(e) and m.mode is Mode.DIRECT and m.held is not Held.NOTHING,

@@ -33,6 +33,7 @@ from imgstorage.core.messages import (
     Message,
     ReleaseZvol,
     Report,
+    ResizeZvol,
     ReturnZvol,
     Role,
     SettleZvol,
@@ -43,6 +44,7 @@ from imgstorage.core.messages import (
     ZvolDetached,
     ZvolProgress,
     ZvolReleased,
+    ZvolResized,
     ZvolReturned,
     ZvolSettled,
     ZvolSynced,
@@ -66,6 +68,7 @@ STEP_OF: dict[type[Command], Step] = {
     AttachZvol: Step.TELL_ATTACH,
     SyncZvol: Step.TELL_HYDRATE,
     SettleZvol: Step.TELL_SETTLE,
+    ResizeZvol: Step.TELL_RESIZE,
     DetachZvol: Step.TELL_DETACH,
     ReturnZvol: Step.TELL_RETURN,
     ReleaseZvol: Step.TELL_RELEASE,
@@ -290,6 +293,9 @@ class ContainerEngine:
             case SettleZvol():
                 self._follow(nas, command, lambda _p: ZvolSettled(**about))
                 return None
+            case ResizeZvol():
+                device = self._plane.resize(volume, generation, command.size_bytes)
+                return ZvolResized(**about, size_bytes=device.size_bytes, device=device.path)
             case DetachZvol():
                 self._stop_following(volume)
                 holds = self._plane.detach(volume, generation, command.force)

@@ -19,6 +19,7 @@ from imgstorage.core.messages import (
     DumpZvol,
     ErrorAnswer,
     GetStatus,
+    GrowZvol,
     Hello,
     HostList,
     HostRow,
@@ -59,7 +60,7 @@ class Coordinator:
         self._greeted: dict[tuple[Role, str], tuple[str, float]] = {}
         self._questions = Questions(world)
         handlers: dict[type[Message], Handler] = {
-            **dict.fromkeys((UnmapZvol, PullZvol, AddZvol, DelZvol, DumpZvol, ListZvols), self._to_nas),
+            **dict.fromkeys((UnmapZvol, PullZvol, GrowZvol, AddZvol, DelZvol, DumpZvol, ListZvols), self._to_nas),
             MapZvol: self._map,
             ListDev: self._to_container,
             ListHosts: self._list_hosts,
@@ -101,7 +102,9 @@ class Coordinator:
         return self._to_nas(letter, request)
 
     def _to_nas(
-        self, letter: Letter, request: MapZvol | UnmapZvol | PullZvol | AddZvol | DelZvol | DumpZvol | ListZvols
+        self,
+        letter: Letter,
+        request: MapZvol | UnmapZvol | PullZvol | GrowZvol | AddZvol | DelZvol | DumpZvol | ListZvols,
     ) -> Message | None:
         self._known(request.nas, "nas")
         self._pass_on(letter, Role.NAS, request.nas, request)

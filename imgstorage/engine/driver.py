@@ -142,8 +142,9 @@ class Driver:
         if isinstance(event, ev.Applied) and before.verified is not None and after != before:
             held = self._records.volume(before.volume)
             if held is not None:
+                size = event.size_bytes or held.size_bytes
                 version, parent = before.verified.version, held.version
-                self._records.save_volume(replace(held, version=version, parent_version=parent))
+                self._records.save_volume(replace(held, version=version, parent_version=parent, size_bytes=size))
         if Step.TELL_RELEASE in decision.steps and before.verified is not None and before.container is not None:
             self._records.save_release(Release(
                 volume=before.volume, generation=before.generation, container=before.container,

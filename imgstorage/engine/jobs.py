@@ -14,13 +14,14 @@ from dataclasses import replace
 from imgstorage.core import events as ev
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.machine import Decision, Milestone, Step
-from imgstorage.core.mapping import Generation, Mode, Volume, VolumeState
+from imgstorage.core.mapping import Generation, Mode, Phase, Volume, VolumeState
 from imgstorage.core.messages import (
     AddZvol,
     Attachable,
     CheckAttach,
     DelZvol,
     DumpZvol,
+    GrowZvol,
     MapZvol,
     Message,
     Role,
@@ -36,7 +37,7 @@ from imgstorage.engine.world import World
 
 log = logging.getLogger(__name__)
 
-Job = MapZvol | AddZvol | DelZvol | DumpZvol
+Job = MapZvol | AddZvol | GrowZvol | DelZvol | DumpZvol
 
 
 class Jobs:
@@ -62,6 +63,8 @@ class Jobs:
                 work = lambda: self._guarded(request, lambda: self._ask_container(request))  # noqa: E731
             case AddZvol():
                 work = lambda: self._guarded(request, lambda: self._add(request))  # noqa: E731
+            case GrowZvol():
+                work = lambda: self._guarded(request, lambda: self._grow(request))  # noqa: E731
             case DelZvol():
                 work = lambda: self._guarded(request, lambda: self._delete(request))  # noqa: E731
             case DumpZvol():
@@ -80,7 +83,7 @@ class Jobs:
             except ImgStorageError as error:  # an earlier version wrote it
                 self._fail(operation.op, error)
                 continue
-            if isinstance(request, MapZvol | AddZvol | DelZvol | DumpZvol):
+            if isinstance(request, MapZvol | AddZvol | GrowZvol | DelZvol | DumpZvol):
                 self.begin(request)
             else:
                 self._fail(operation.op, ImgStorageError("failed", "the daemon restarted before it began"))
@@ -226,6 +229,26 @@ class Jobs:
             failed = ev.Failed(step=Step.UNEXPORT.value, code=error.code, message=str(error), permanent=True)
             self._driver.happen(volume.uuid, failed)
             raise
+
+    def _grow(self, request: GrowZvol) -> bool:
+        """Grow a volume that nobody has. What a restart cut short is done again: the plane knows what is done."""
+        volume = self._records.volume_at(request.pool, request.volume)
+        if volume is None:
+            raise ImgStorageError("not_found", f"there is no volume {request.pool}/{request.volume}")
+        volume = replace(volume, state=VolumeState.READY)
+        if self._records.mapping(volume.uuid).phase is not Phase.IDLE:
+            raise ImgStorageError("internal", f"{volume} is mapped")
+        if volume.size_bytes < request.size_bytes:
+            try:
+                self._refuse_granted(volume)
+                volume = self._plane.grow(volume, request.size_bytes)
+            except BaseException:
+                self._records.save_volume(volume)
+                raise
+        with self._records.write():
+            self._records.save_volume(volume)
+            self._book.reach(request.op, Milestone.DONE, f"grown to {volume.size_bytes} bytes")
+        return False
 
     def _delete(self, request: DelZvol) -> bool:
         volume = self._records.volume_at(request.pool, request.volume)

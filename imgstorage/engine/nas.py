@@ -19,6 +19,7 @@ from imgstorage.core.messages import (
     DelZvol,
     DumpZvol,
     GetStatus,
+    GrowZvol,
     Hello,
     ListZvols,
     MapZvol,
@@ -36,6 +37,7 @@ from imgstorage.core.messages import (
     ZvolList,
     ZvolProgress,
     ZvolReleased,
+    ZvolResized,
     ZvolReturned,
     ZvolRow,
     ZvolSettled,
@@ -63,9 +65,10 @@ TRASH_S = 24 * 3600.0
 """How long what was removed is kept, if nobody says otherwise."""
 PAGE = 1000
 EXPORTED = MAY_RUN[Step.EXPORT]
-REQUESTS = (MapZvol, UnmapZvol, PullZvol, AddZvol, DelZvol, DumpZvol)
+REQUESTS = (MapZvol, UnmapZvol, PullZvol, GrowZvol, AddZvol, DelZvol, DumpZvol)
 REPORTS = (
-    ZvolAttached, ZvolSynced, ZvolSettled, ZvolDetached, ZvolReturned, ZvolProgress, ZvolReleased, StepFailed,
+    ZvolAttached, ZvolSynced, ZvolSettled, ZvolResized, ZvolDetached, ZvolReturned, ZvolProgress, ZvolReleased,
+    StepFailed,
 )  # fmt: skip
 RECEIVING = MAY_RUN[Step.OPEN_RETURN]
 STEPS = frozenset(step.value for step in TOLD)
@@ -160,6 +163,8 @@ class NasEngine:
                 return ev.Hydrated()
             case ZvolSettled():
                 return ev.Merged()
+            case ZvolResized():
+                return ev.Resized(size_bytes=report.size_bytes, device=report.device)
             case ZvolDetached():
                 return ev.Detached(holds=report.holds)
             case ZvolReturned():

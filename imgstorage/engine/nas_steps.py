@@ -11,7 +11,15 @@ from imgstorage.core import events as ev
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.machine import Step
 from imgstorage.core.mapping import Generation, Held, Mapping, Mode, Phase, Volume
-from imgstorage.core.messages import AttachZvol, Command, DetachZvol, ReturnZvol, SettleZvol, SyncZvol
+from imgstorage.core.messages import (
+    AttachZvol,
+    Command,
+    DetachZvol,
+    ResizeZvol,
+    ReturnZvol,
+    SettleZvol,
+    SyncZvol,
+)
 from imgstorage.core.names import HostName, OpId, VolumeUuid
 from imgstorage.core.ports import Grant, NasPlane, ReturnKind, ReturnPort, Stamp
 from imgstorage.core.records import NasRecords
@@ -24,7 +32,16 @@ KIND = {
     Phase.FOLDING: ReturnKind.FOLD,
     Phase.WRITING_BACK: ReturnKind.WRITE_BACK,
 }
-TOLD = frozenset({Step.TELL_ATTACH, Step.TELL_HYDRATE, Step.TELL_SETTLE, Step.TELL_DETACH, Step.TELL_RETURN})
+TOLD = frozenset(
+    {
+        Step.TELL_ATTACH,
+        Step.TELL_HYDRATE,
+        Step.TELL_SETTLE,
+        Step.TELL_RESIZE,
+        Step.TELL_DETACH,
+        Step.TELL_RETURN,
+    }
+)
 
 
 class NasSteps:
@@ -63,6 +80,8 @@ class NasSteps:
                 return self._export(mapping, volume)
             case Step.UNEXPORT:
                 return self._unexport(mapping, volume)
+            case Step.GROW:
+                return self._grow(mapping, volume)
             case Step.OPEN_RETURN:
                 self._open_return(mapping, volume)
                 return ev.ReturnOpened(attempt=mapping.attempt)
@@ -91,6 +110,7 @@ class NasSteps:
             generation=mapping.generation,
             remote_pool=mapping.remote_pool,
             portal=self._records.portal(volume.uuid),
+            grown_bytes=mapping.grown_bytes if mapping.mode is Mode.SYNC else 0,
         )
 
     @staticmethod
@@ -116,6 +136,12 @@ class NasSteps:
         portal = self._plane.export(self._grant(mapping, volume), secret)
         self._records.save_portal(volume.uuid, portal)
         return ev.Exported()
+
+    def _grow(self, mapping: Mapping, volume: Volume) -> ev.Event:
+        secret = self._records.secret(volume.uuid, mapping.generation)
+        grown = self._plane.grow(volume, mapping.grown_bytes, self._grant(mapping, volume), secret)
+        self._records.save_volume(grown)
+        return ev.Grown()
 
     def _unexport(self, mapping: Mapping, volume: Volume) -> ev.Event:
         self._plane.unexport(volume, mapping.generation)
@@ -153,12 +179,13 @@ class NasSteps:
     def _apply(self, mapping: Mapping, volume: Volume) -> ev.Event:
         if mapping.verified is None:
             raise ImgStorageError("internal", "nothing was verified")
-        self._plane.apply_return(self._grant(mapping, volume), mapping.verified.version)
+        size = self._plane.apply_return(self._grant(mapping, volume), mapping.verified.version)
         if mapping.phase is Phase.APPLYING:
-            applied = replace(volume, version=mapping.verified.version, parent_version=volume.version)
+            version, parent = mapping.verified.version, volume.version
+            applied = replace(volume, version=version, parent_version=parent, size_bytes=size)
             self._stamp(mapping, applied, at_rest=True)
         self.forget(volume.uuid)
-        return ev.Applied(attempt=mapping.attempt)
+        return ev.Applied(attempt=mapping.attempt, size_bytes=size)
 
     def _command(self, step: Step, mapping: Mapping, volume: Volume) -> Command:
         op = driving(mapping)
@@ -175,6 +202,8 @@ class NasSteps:
                 return SyncZvol(**about)
             case Step.TELL_SETTLE:
                 return SettleZvol(**about)
+            case Step.TELL_RESIZE:
+                return ResizeZvol(**about, size_bytes=mapping.grown_bytes)
             case Step.TELL_DETACH:
                 return DetachZvol(**about, force=mapping.force)
             case _:

@@ -20,6 +20,7 @@ from imgstorage.core.messages import (
     AddZvol,
     DelZvol,
     DumpZvol,
+    GrowZvol,
     MapZvol,
     Message,
     OperationAnswer,
@@ -29,7 +30,7 @@ from imgstorage.core.messages import (
     decode,
     encode,
 )
-from imgstorage.core.names import PoolName, VolumeName, check_size
+from imgstorage.core.names import PoolName, VolumeName, check_size, format_size
 from imgstorage.core.operations import Kind, Operation
 from imgstorage.core.ports import NasPlane
 from imgstorage.core.post import Letter
@@ -41,7 +42,7 @@ from imgstorage.engine.world import World
 
 log = logging.getLogger(__name__)
 
-Request = MapZvol | UnmapZvol | PullZvol | AddZvol | DelZvol | DumpZvol
+Request = MapZvol | UnmapZvol | PullZvol | GrowZvol | AddZvol | DelZvol | DumpZvol
 
 
 class Requests:
@@ -77,6 +78,8 @@ class Requests:
                 return self._accept_unmap(request)
             case PullZvol():
                 return self._accept_pull(request)
+            case GrowZvol():
+                return self._accept_grow(request)
             case AddZvol():
                 return self._accept_add(request)
             case DelZvol():
@@ -164,6 +167,67 @@ class Requests:
         if current is None or current.kind is not Kind.PULL:  # nothing had to be done
             current = replace(operation, milestone=Milestone.DONE, note=decision.note)
         return OperationAnswer(operation=current, repeated=current.op != request.op or current.ended)
+
+    def _accept_grow(self, request: GrowZvol) -> Message:
+        check_size(request.size_bytes)
+        same = self._same_growth(request)
+        if same is not None:
+            return OperationAnswer(operation=same, repeated=True)
+        self._not_reserved(request.pool, request.volume)
+        volume = self._records.volume_at(request.pool, request.volume)
+        if volume is None:
+            raise self._no_volume(request.pool, request.volume)
+        mapping = self._records.mapping(volume.uuid)
+        operation = Operation(
+            op=request.op, kind=Kind.GROW, nas=self._host, pool=volume.pool, volume=volume.name,
+            container=mapping.container or "", requester=request.requester,
+        )  # fmt: skip
+        if not self._grows(volume, mapping, request.size_bytes):
+            done = replace(operation, milestone=Milestone.DONE, note=f"has {volume.size_bytes} bytes already")
+            return OperationAnswer(operation=done, repeated=True)
+        self._fits(volume.pool, request.size_bytes)
+        if mapping.phase is Phase.IDLE:
+            if volume.state not in (VolumeState.READY, VolumeState.GROWING):
+                raise ImgStorageError("busy", f"{volume} is {volume.state.value}")
+            growing = replace(volume, state=VolumeState.GROWING)
+            return self._accepted(Kind.GROW, request, also=lambda: self._records.save_volume(growing))
+
+        def also(decision: Decision) -> None:
+            if (request.op, Milestone.ACCEPTED) in decision.told:
+                self._book.accept(operation, encode(request))
+
+        decision = self._driver.happen(volume.uuid, ev.Grow(op=request.op, size_bytes=request.size_bytes), also)
+        self._refuse(decision, volume, mapping)
+        current = self._book.find(decision.same_op or request.op) or operation
+        return OperationAnswer(operation=current, repeated=current.op != request.op)
+
+    @staticmethod
+    def _grows(volume: Volume, mapping: Mapping, size_bytes: int) -> bool:
+        """Whether there is anything to do. Raises ``conflict`` for a size that is smaller than it has."""
+        now = max(volume.size_bytes, mapping.grown_bytes)
+        if size_bytes < now:
+            raise ImgStorageError("conflict", f"{volume} has {format_size(now)} ({now} bytes): it cannot be made "
+                                  "smaller", hint="give the size that it shall have, not the difference")  # fmt: skip
+        return size_bytes > now or mapping.grown_bytes > 0
+
+    def _fits(self, pool: PoolName, size_bytes: int) -> None:
+        """Raises ``no_space`` for more than a pool has in all."""
+        self._pool(pool)
+        whole = next(one.size_bytes for one in self._plane.pools() if one.name == pool)
+        if size_bytes > whole:
+            raise ImgStorageError("no_space", f"pool {pool} has {format_size(whole)} in all: no volume of "
+                                  f"{format_size(size_bytes)} fits")  # fmt: skip
+
+    def _same_growth(self, request: GrowZvol) -> Operation | None:
+        """The operation that grows the same unmapped volume to the same size just now."""
+        op = self._jobs.owner(request.pool, request.volume)
+        body = self._records.request(op) if op is not None else b""
+        if op is None or not body:
+            return None
+        before = decode(body)
+        same = isinstance(before, GrowZvol) and before.size_bytes == request.size_bytes
+        operation = self._book.find(op) if same else None
+        return operation if operation is not None and not operation.ended else None
 
     def _accept_add(self, request: AddZvol) -> Message:
         same = self._same_import(request)

@@ -49,6 +49,12 @@ def m001_begin(db: SqliteUtils) -> None:
         db.execute(sql)
 
 
+@MIGRATIONS()
+def m002_growing(db: SqliteUtils) -> None:
+    """The size that one side of a mapping has before the other."""
+    db.execute("ALTER TABLE mappings ADD COLUMN grown_bytes INTEGER NOT NULL DEFAULT 0")
+
+
 class NasStore(Database):
     """Implements :class:`imgstorage.core.records.NasRecords`."""
 

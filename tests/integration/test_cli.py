@@ -28,6 +28,7 @@ from imgstorage.core.messages import (
     AddZvol,
     DelZvol,
     ErrorAnswer,
+    GrowZvol,
     HostList,
     HostRow,
     ListHosts,
@@ -136,8 +137,11 @@ def frontend(broker: RealBroker) -> Iterator[Other]:
 
 
 def operation(request: Message, milestone: Milestone = Milestone.ACCEPTED, **more: object) -> Operation:
-    assert isinstance(request, (MapZvol, UnmapZvol, PullZvol, AddZvol, DelZvol))
-    kinds = {MapZvol: Kind.MAP, UnmapZvol: Kind.UNMAP, PullZvol: Kind.PULL, AddZvol: Kind.ADD, DelZvol: Kind.DELETE}
+    assert isinstance(request, (MapZvol, UnmapZvol, PullZvol, GrowZvol, AddZvol, DelZvol))
+    kinds = {
+        MapZvol: Kind.MAP, UnmapZvol: Kind.UNMAP, PullZvol: Kind.PULL, GrowZvol: Kind.GROW, AddZvol: Kind.ADD,
+        DelZvol: Kind.DELETE,
+    }  # fmt: skip
     kind = kinds[type(request)]
     found = Operation(op=request.op, kind=kind, nas=request.nas, pool="tank", volume=request.volume,
                       container="compute-0-3", accepted_at=1.0, changed_at=2.0, milestone=milestone)  # fmt: skip
@@ -285,6 +289,24 @@ def test_sync_waits_for_the_nas_unless_told_not_to(cli, frontend):
     )
     told = (0, "pulling   nas-0-0 : vol1\nSuccess\n", "vol1: every write is there\n")
     assert cli.run("sync host storagemap nas-0-0 vol1") == told
+
+
+def test_grow_says_what_becomes_of_it(cli, frontend):
+    frontend.answer = at_once(Milestone.DONE)
+    line = "growing   nas-0-0 : tank / vol1  to  20 GiB\n"
+    assert cli.run("grow host storageimg nas-0-0 tank vol1 20", "rocks") == (0, f"{line}Success\n", "")
+    (asked,) = frontend.asked
+    assert isinstance(asked, GrowZvol)
+    assert (asked.pool, asked.volume, asked.size_bytes) == ("tank", "vol1", 20 << 30)
+    frontend.answer = lambda request: OperationAnswer(
+        operation=operation(request, Milestone.DONE, note="has 21474836480 bytes already", accepted_at=0.0),
+        repeated=True,
+    )
+    told = (0, f"{line}Success\n", "tank/vol1: has 21474836480 bytes already\n")
+    assert cli.run("grow host storageimg nas-0-0 tank vol1 20G") == told
+    for wrong in ("tank vol1", "tank vol1 0", "tank vol1 -5", "tank vol1 20X", "tank vol1 20 30"):
+        status, out, _err = cli.run(f"grow host storageimg nas-0-0 {wrong}")
+        assert (status, out) == (2, "")
 
 
 def test_storageimg_prints_what_the_guide_shows(cli, frontend):

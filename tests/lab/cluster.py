@@ -132,10 +132,10 @@ class Cluster:
         for guest in self.lab:
             guest.run(["sync"])  # a power cut is to find a host that was set up long ago
 
-    def begin(self, **settings: object) -> None:
+    def begin(self, settings: Mapping[str, Mapping[str, object]]) -> None:
         """Start a frontend; wait until all daemons, which know of no volume yet, answer.
 
-        ``settings`` are added to the containers' configuration; their daemons are then started anew.
+        ``settings``, by role, are added to the configuration of hosts; their daemons are then started anew.
         """
         # The broker has connections of daemons that the restored guests have never heard of, and they have others.
         for guest in self.lab:
@@ -143,9 +143,11 @@ class Cluster:
             guest.run(["ss", "-K", "dst", HOST_ADDRESS])
         for guest in self.containers():
             writer.begin_log(guest)
-            if settings:
+        for guest in self.lab:
+            if own := settings.get(broker.role(guest.name)):
                 self.kill(guest.name)
-                self.configure(guest.name, **settings)
+                guest.run(["pkill", "-KILL", "-x", "tgtd"], check=False)  # whoever wants it starts it
+                self.configure(guest.name, **own)
                 guest.run(["sync"])
                 self.start(guest.name)
         shutil.rmtree(self._folder / "frontend", ignore_errors=True)

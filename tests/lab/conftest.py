@@ -22,7 +22,7 @@ import pytest
 
 from imgstorage.tools.run import environment
 from tests.lab.build import MARK
-from tests.lab.cluster import NAS, Cluster
+from tests.lab.cluster import Cluster
 from tests.lab.lab import HOSTS, Lab
 
 HERE = Path(__file__).parent
@@ -186,9 +186,7 @@ def cluster(
 
     _labs.at(hosts, WITH_CLUSTER, prepare)
     found = _clusters[hosts]
-    if nas := request.node.get_closest_marker("nas"):
-        found.configure(NAS, **nas.kwargs)
-        found.nas.run(["sync"])
-    found.begin(**(settings.kwargs if (settings := request.node.get_closest_marker("container")) else {}))
+    marks = {role: request.node.get_closest_marker(role) for role in ("nas", "container")}
+    found.begin({role: mark.kwargs for role, mark in marks.items() if mark})
     yield found
     found.end()

@@ -13,8 +13,10 @@ from imgstorage.core.mapping import Mapping, Mode, Phase, Volume
 from imgstorage.core.messages import Message, Role
 from imgstorage.core.names import OpId, VolumeName, VolumeUuid
 from imgstorage.core.operations import Milestone, Operation
+from imgstorage.core.ports import Device
 from imgstorage.core.post import Letter
 from tests.sim.cluster import CONTAINERS, NASES, TANK, Cluster
+from tests.sim.container_plane import MemoryContainer
 from tests.sim.disks import ContainerDisk, VolumeFile
 from tests.sim.people import NAMES, Guests, Operators
 
@@ -65,6 +67,10 @@ class Bench:
 
     def disk(self, container: str = HOME) -> ContainerDisk:
         return self.cluster.container_disks[container]  # type: ignore[index]
+
+    def devices(self, container: str = HOME) -> list[Device]:
+        plane = MemoryContainer(container, self.disk(container), self.cluster.nas_disks)  # type: ignore[arg-type]
+        return list(plane.devices())
 
     # -- waiting
 

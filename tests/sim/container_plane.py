@@ -7,6 +7,7 @@ the daemon does; in direct mode, and for what is not copied yet, it needs the NA
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Held, Mode, Volume
@@ -106,7 +107,7 @@ class MemoryContainer:
             self._point("attach")
         elif copy.phase not in ("preparing", "direct", "syncing", "local"):
             raise ImgStorageError("conflict", f"{grant.volume.name} is {copy.phase} here")
-        copy.grant = grant
+        copy.grant = replace(copy.grant, portal=grant.portal or copy.grant.portal)
         if copy.phase == "preparing":
             if grant.mode is Mode.DIRECT or copy.filled < BLOCKS:
                 self._target(copy, grant.portal)
@@ -121,6 +122,7 @@ class MemoryContainer:
             if other.phase == "cache" and other.grant.volume.name == grant.volume.name:
                 del self._disk.copies[uuid]
         warm = old is not None and old.phase == "cache" and old.version == grant.volume.version and pool is not None
+        warm = warm and old is not None and old.grant.volume.size_bytes == grant.volume.size_bytes
         copy = Copy(grant=grant, phase="preparing", pool=pool, version=grant.volume.version)
         if warm and old is not None:
             copy.base, copy.filled = dict(old.base), BLOCKS
@@ -209,6 +211,7 @@ class MemoryContainer:
         delta = nas.deltas[copy.grant.volume.uuid, str(copy.grant.generation), port.attempt]
         if sent == 0:
             delta.blocks.clear()
+            delta.size_bytes = copy.grant.volume.size_bytes
         for number, value in sorted(blocks.items())[sent : sent + PER_LOOK]:
             delta.blocks[number] = value
             sent += 1
@@ -217,6 +220,22 @@ class MemoryContainer:
             return Progress(state=CopyState.RUNNING, done_bytes=sent * BLOCK_BYTES, total_bytes=total)
         copy.attempt, copy.digest, copy.sent_base = port.attempt, digest_of(blocks), port.base_version
         return Progress(state=CopyState.DONE, done_bytes=total, total_bytes=total, digest=copy.digest)
+
+    def resize(self, volume: VolumeUuid, generation: Generation, size_bytes: int) -> Device:
+        self._point("resize")
+        copy = self._find(volume, generation)
+        there = copy.grant.volume
+        if copy.phase not in ("local", "direct") or size_bytes < there.size_bytes:
+            raise ImgStorageError("conflict", f"{there.name} is {copy.phase} here, with {there.size_bytes} bytes")
+        if copy.phase == "direct":
+            nas, iqn = self._target(copy, copy.grant.portal), copy.grant.portal.iqn if copy.grant.portal else ""
+            if nas.targets[iqn].size_bytes != size_bytes:
+                raise ImgStorageError("failed", f"the LUN has {nas.targets[iqn].size_bytes} bytes, not {size_bytes}")
+        elif copy.pool is not None and size_bytes > self._disk.pools[copy.pool]:
+            raise ImgStorageError("no_space", f"no room for {there.name}")
+        copy.grant = replace(copy.grant, volume=replace(there, size_bytes=size_bytes))
+        self._point("resize")
+        return self._device(copy)
 
     # -- letting go
 

@@ -23,6 +23,10 @@ def next_version(base: str, generation: Generation, attempt: int, digest: str) -
     return hashlib.sha256(f"{base} {generation} {attempt} {digest}".encode()).hexdigest()[:16]
 
 
+def grown_version(base: str, size_bytes: int) -> str:
+    return hashlib.sha256(f"{base} grown to {size_bytes}".encode()).hexdigest()[:16]
+
+
 @dataclass
 class VolumeFile:
     """A volume on a NAS's disk. ``applying`` names the version that is being written into it."""
@@ -46,13 +50,14 @@ class Delta:
     kind: ReturnKind
     base_version: str
     blocks: Blocks = field(default_factory=dict)
+    size_bytes: int = 0
     version: str = ""
     digest: str = ""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A target; ``attempt`` None: the volume itself."""
+    """A target; ``attempt`` None: the volume itself. ``size_bytes``: what it offers."""
 
     volume: VolumeUuid
     name: str
@@ -60,6 +65,7 @@ class Target:
     container: str
     writable: bool
     attempt: int | None = None
+    size_bytes: int = 0
 
 
 @dataclass

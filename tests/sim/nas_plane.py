@@ -22,7 +22,7 @@ from imgstorage.core.ports import (
     Tell,
     untold,
 )
-from tests.sim.disks import Delta, NasDisk, Target, VolumeFile, digest_of, next_version
+from tests.sim.disks import Delta, NasDisk, Target, VolumeFile, digest_of, grown_version, next_version
 
 
 class MemoryNas:
@@ -63,7 +63,8 @@ class MemoryNas:
 
     def _current(self, grant: Grant) -> VolumeFile:
         file = self._file(grant.volume)
-        if file.edited or file.volume.version != grant.volume.version:
+        there = (file.volume.version, file.volume.size_bytes)
+        if file.edited or there != (grant.volume.version, grant.volume.size_bytes):
             raise ImgStorageError("diverged", f"{grant.volume} is not version {grant.volume.version}")
         if file.stamp.generation != grant.generation:
             raise ImgStorageError("stale_generation", f"{grant.volume} is granted as {file.stamp.generation}")
@@ -113,6 +114,27 @@ class MemoryNas:
         self._disk.dumps[path] = dict(file.blocks)
         self._point("dump")
 
+    def grow(self, volume: Volume, size_bytes: int, grant: Grant | None = None, secret: str = "") -> Volume:
+        self._point("grow")
+        file = self._file(volume)
+        grown = replace(volume, size_bytes=size_bytes)
+        if grant is None:
+            grown = replace(grown, version=grown_version(volume.version, size_bytes), parent_version=volume.version)
+            if any(one.volume == volume.uuid for one in self._disk.targets.values()):
+                raise ImgStorageError("in_use", f"{volume} is exported")
+        elif file.stamp.generation != grant.generation:
+            raise ImgStorageError("stale_generation", f"{volume} is granted as {file.stamp.generation}")
+        there = file.volume
+        if (there.size_bytes, there.version) != (grown.size_bytes, grown.version):
+            if file.edited or (there.size_bytes, there.version) != (volume.size_bytes, volume.version):
+                raise ImgStorageError("diverged", f"{volume} is not version {volume.version}")
+            file.stamp = replace(file.stamp, volume=grown)
+        self._point("grow")
+        if grant is not None:
+            self._offer(replace(grant, volume=grown), None, secret, writable=True)
+            self._point("grow")
+        return grown
+
     def trash(self, volume: Volume) -> None:
         self._point("trash")
         path = self._path(volume)
@@ -141,7 +163,8 @@ class MemoryNas:
         if now.counter > new.counter or (now.counter == new.counter and now != new):
             raise ImgStorageError("stale_generation", f"{stamp.volume} is stamped {before.generation}")
         follows = stamp.mode is Mode.DIRECT and stamp.volume.parent_version == file.volume.version
-        if file.applying or not (stamp.volume.version == file.volume.version or follows):
+        same_size = stamp.volume.size_bytes == file.volume.size_bytes
+        if file.applying or not same_size or not (stamp.volume.version == file.volume.version or follows):
             raise ImgStorageError("diverged", f"{stamp.volume} is version {file.volume.version}")
         file.stamp = stamp
         self._point("stamp")
@@ -168,7 +191,7 @@ class MemoryNas:
         iqn = f"iqn.2024-01.sim:{grant.nas}.{grant.container}.{grant.generation}{tail}-{grant.volume.name}"
         self._disk.targets[iqn] = Target(
             volume=grant.volume.uuid, name=grant.volume.name, generation=grant.generation,
-            container=grant.container, writable=writable, attempt=attempt,
+            container=grant.container, writable=writable, attempt=attempt, size_bytes=grant.volume.size_bytes,
         )  # fmt: skip
         return Portal(address="sim", port=3260, iqn=iqn, lun=1, serial=grant.volume.uuid[:8], user="u", secret=secret,
                       writable=writable)  # fmt: skip
@@ -227,6 +250,8 @@ class MemoryNas:
             raise ImgStorageError("diverged", f"{grant.volume} is not version {delta.base_version}")
         if delta.version and delta.digest != digest:
             raise ImgStorageError("verify_failed", "verified with another digest")
+        if delta.size_bytes not in (grant.volume.size_bytes, grant.grown_bytes):
+            raise ImgStorageError("verify_failed", f"what came back has {delta.size_bytes} bytes")
         if digest_of(delta.blocks) != digest:
             raise ImgStorageError("verify_failed", "what came back is not what was sent")
         delta.digest, delta.version = digest, next_version(delta.base_version, grant.generation, attempt, digest)
@@ -234,13 +259,13 @@ class MemoryNas:
         self._point("verify_return")
         return version
 
-    def apply_return(self, grant: Grant, version: str) -> None:
+    def apply_return(self, grant: Grant, version: str) -> int:
         self._point("apply_return")
         file = self._file(grant.volume)
         found = [(k, d) for k, d in self._disk.deltas.items() if k[0] == grant.volume.uuid and d.version == version]
         if not found:
             if file.volume.version == version and not file.applying:
-                return
+                return file.volume.size_bytes
             raise ImgStorageError("not_found", f"nothing was verified as {version}")
         key, delta = found[0]
         if file.edited:
@@ -249,10 +274,12 @@ class MemoryNas:
         for number, value in delta.blocks.items():
             file.blocks[number] = value
             self._point("apply_return")
-        volume = replace(file.volume, version=version, parent_version=delta.base_version)
+        size = delta.size_bytes
+        volume = replace(file.volume, version=version, parent_version=delta.base_version, size_bytes=size)
         file.stamp, file.applying = replace(file.stamp, volume=volume), ""
         self._point("apply_return")
         del self._disk.deltas[key]
+        return size
 
     def drop_return(self, grant: Grant) -> None:
         self._point("drop_return")

@@ -12,6 +12,7 @@ from imgstorage.core.messages import (
     DelZvol,
     DumpZvol,
     ErrorAnswer,
+    GrowZvol,
     ListDev,
     ListZvols,
     MapZvol,
@@ -94,6 +95,11 @@ class Operators:
     def pull(self, name: VolumeName) -> OpId:
         return self.send(PullZvol(op=self.new_op(), nas=NASES[0], volume=name, expires_at=self.expires()))
 
+    def grow(self, name: VolumeName, size: int) -> OpId:
+        return self.send(GrowZvol(
+            op=self.new_op(), nas=NASES[0], pool=TANK, volume=name, size_bytes=size, expires_at=self.expires(),
+        ))  # fmt: skip
+
     def send_unmap_of(self, volume: Volume) -> OpId:
         return self.send(UnmapZvol(
             op=self.new_op(), nas=NASES[0], pool=volume.pool, volume=volume.name, expires_at=self.expires(),
@@ -123,7 +129,7 @@ class Operators:
             return
         dice = self.cluster.clockwork.dice
         name = dice.choice(NAMES)
-        match dice.randrange(15):
+        match dice.randrange(18):
             case 0 | 1 | 2 | 3:
                 self.map(name, dice.choice(CONTAINERS), dice.choice(list(Mode)))
             case 4 | 5 | 6 | 7:
@@ -134,7 +140,9 @@ class Operators:
                 self.delete(name)
             case 10 | 11 | 12:
                 self.pull(name)
-            case 13:
+            case 13 | 14 | 15:
+                self.grow(name, SIZE + (dice.randrange(64) << 20))
+            case 16:
                 self.ask(dice.choice([ListZvols(nas=NASES[0]), ListDev(container=CONTAINERS[0])]))
             case _:
                 known = list(self.answers)
@@ -169,8 +177,9 @@ class Operators:
             known = host.store.operation(op) if host.runs else None
             return known is not None and known.ended
 
-        if not answer.ended:
-            assert self.cluster.clockwork.forward_until(there, within_s, 0.05), self.cluster.nas_store.operation(op)
+        if answer.ended:  # it needed no operation, or was asked for again; the NAS may be dead by now
+            return answer
+        assert self.cluster.clockwork.forward_until(there, within_s, 0.05), self.cluster.nas_store.operation(op)
         return self.cluster.nas_store.operation(op) or answer
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from imgstorage.core.mapping import Phase
+from imgstorage.core.mapping import Mapping, Phase, VolumeState
 from imgstorage.core.messages import OperationAnswer
 from tests.sim.cluster import CONTAINERS, NASES, Cluster
 from tests.sim.network import FRONTEND
@@ -65,11 +65,21 @@ def settle(cluster: Cluster, operators: Operators, guests: Guests) -> None:
     ]  # fmt: skip
     guests.leave()
     for mapping in cluster.nas_store.mappings():
+        assert_same_size(cluster, mapping)
+    for mapping in cluster.nas_store.mappings():
         volume = cluster.nas_store.volume(mapping.volume)
         if volume is not None and mapping.phase is not Phase.QUARANTINED:
             operators.answer(operators.send_unmap_of(volume))
         assert clock.forward_until(cluster.at_rest, 400.0), list(cluster.nas_store.unfinished())
     clock.forward(130.0)  # until every timer of what is over has run out
+
+
+def assert_same_size(cluster: Cluster, mapping: Mapping) -> None:
+    """Whoever has a device sees the size that the NAS says, once both have it."""
+    volume = cluster.nas_store.volume(mapping.volume)
+    copy = cluster.container_disks[mapping.container].copies.get(mapping.volume) if mapping.container else None
+    if mapping.phase in (Phase.ATTACHED, Phase.LOCAL) and not mapping.grown_bytes and volume is not None:
+        assert copy is None or not copy.offered or copy.grant.volume.size_bytes == volume.size_bytes, mapping
 
 
 def check(cluster: Cluster, operators: Operators, guests: Guests) -> None:
@@ -82,6 +92,10 @@ def check(cluster: Cluster, operators: Operators, guests: Guests) -> None:
         blocks = {number: value for number, value in file.blocks.items() if value}
         assert blocks == model, f"{file.volume}: on the NAS {blocks}, acknowledged {model}"
         assert not file.applying
+    for file in disk.files.values():
+        known = store.volume(file.volume.uuid)
+        there = (file.volume.size_bytes, file.volume.version, VolumeState.READY)
+        assert known is None or (known.size_bytes, known.version, known.state) == there, (known, file)
     assert cluster.left_over() == []
     for op, answers in operators.answers.items():
         for answer in answers:

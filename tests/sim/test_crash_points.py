@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from imgstorage.core.mapping import Mode, Phase
+from imgstorage.core.mapping import Mode, Phase, VolumeState
 from imgstorage.core.messages import ErrorAnswer
 from imgstorage.core.names import OpId
 from imgstorage.core.operations import Milestone, Operation
 from tests.sim.bench import HOME, NAS, VOL, Bench
 from tests.sim.network import FRONTEND
-from tests.sim.people import NAMES
+from tests.sim.people import NAMES, SIZE
 
 STRIDE = int(os.environ.get("IMGSTORAGE_SIM_STRIDE", "3"))
 
@@ -76,10 +76,40 @@ def jobs(bench: Bench) -> None:
     bench.assert_bytes(NAMES[2])
 
 
+def grows(bench: Bench) -> None:
+    """A volume grows unmapped, in direct mode, and as a local copy; each time by a command that is repeated."""
+    people, wanted = bench.people, SIZE
+
+    def grow() -> None:
+        size = wanted + (1 << 20)
+        assert done(bench, lambda: people.grow(VOL, size)).milestone is Milestone.DONE
+        assert done(bench, lambda: people.grow(VOL, size)).milestone is Milestone.DONE
+        bench.until(lambda: bench.cluster.hosts[NAS].runs)
+        assert (bench.volume().size_bytes, bench.volume().state) == (size, VolumeState.READY)
+        assert bench.file().volume.size_bytes == size
+
+    assert done(bench, lambda: people.add(VOL)).milestone is Milestone.DONE
+    uuid = bench.volume().uuid
+    grow()
+    for mode, phase in ((Mode.DIRECT, Phase.ATTACHED), (Mode.SYNC, Phase.LOCAL)):
+        assert done(bench, lambda mode=mode: people.map(VOL, HOME, mode)).milestone is Milestone.DONE
+        bench.until(lambda phase=phase: bench.phase() is phase)
+        bench.until(lambda: bench.guests.use(bench.disk(), uuid, 3))
+        wanted += 1 << 20
+        grow()
+        bench.until(lambda phase=phase: bench.phase() is phase)
+        assert [device.size_bytes for device in bench.devices()] == [wanted + (1 << 20)]
+        bench.until(lambda: bench.guests.use(bench.disk(), uuid, 7))
+        assert done(bench, lambda: people.unmap(VOL)).milestone is Milestone.DONE
+        bench.assert_bytes()
+        assert bench.file().volume.size_bytes == wanted + (1 << 20)
+
+
 STORIES = {
     "sync": lambda bench: life(bench, Mode.SYNC),
     "direct": lambda bench: life(bench, Mode.DIRECT),
     "pulls": pulls,
+    "grows": grows,
     "jobs": jobs,
 }
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,7 +59,9 @@ def test_a_pid_that_is_used_again_is_another_run() -> None:
 
 def test_commands_inherit_the_mark(tmp_path: Path) -> None:
     pid = spawn(["sleep", "100"], log_file=tmp_path / "log")
-    found = leftovers.processes(lambda process: process.pid == pid)
+    until = time.monotonic() + 10
+    while not (found := leftovers.processes(lambda process: process.pid == pid)):
+        assert time.monotonic() < until  # the environment is there a moment after the exec that spawn waits for
     assert [process.label for process in found] == [os.environ[leftovers.MARK].partition(" ")[2]]
     assert "test_commands_inherit_the_mark" in str(found[0])
     leftovers.end_processes(found)

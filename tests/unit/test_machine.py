@@ -18,6 +18,7 @@ from tests.unit.machine_samples import (
     FIRST,
     G1,
     G2,
+    GROWN,
     IN_USE,
     LEAVING,
     MAP_OP,
@@ -51,9 +52,13 @@ def asked(mode: Mode, phase: Phase, event: type[ev.Event]) -> str:
         case ev.Pull:
             if mode is DIRECT and phase in (P.ATTACHED, P.SHARING):
                 return ""
-            return {P.LOCAL: "", P.PULLING: "", P.HYDRATING: "busy", P.MERGING: "busy"}.get(phase, "conflict")
+            busy = (P.HYDRATING, P.MERGING, P.GROWING, P.RESIZING)
+            return {P.LOCAL: "", P.PULLING: "", **dict.fromkeys(busy, "busy")}.get(phase, "conflict")
+        case ev.Grow:
+            return {P.ATTACHED: "", P.LOCAL: "", P.IDLE: "conflict", P.QUARANTINED: "quarantined"}.get(phase, "busy")
         case ev.Share:
-            return "" if phase in (P.ATTACHED, P.SHARING) else "conflict"
+            growing = phase in (P.GROWING, P.RESIZING)
+            return "" if phase in (P.ATTACHED, P.SHARING) else "busy" if growing else "conflict"
         case ev.Unshare:
             return "" if phase is P.SHARING else "conflict"
         case _:
@@ -421,3 +426,82 @@ def test_leaving_before_the_second_came_ends_the_sharing_operation() -> None:
 def test_the_page_is_drawn_from_the_table() -> None:
     page = Path(__file__).parents[2] / "docs" / "state-machine.md"
     assert page.read_text() == diagram.markdown(), "run: python -m imgstorage.core.diagram > docs/state-machine.md"
+
+
+# -- growing
+
+
+def grow(size_bytes: int = GROWN) -> ev.Grow:
+    return ev.Grow(op=THIRD_OP, size_bytes=size_bytes)
+
+
+def resized(size_bytes: int = GROWN) -> ev.Resized:
+    return ev.Resized(size_bytes=size_bytes, device="/dev/y")
+
+
+def test_direct_the_nas_grows_first() -> None:
+    now, phases, told = walk(mapping(DIRECT, P.ATTACHED), grow(), ev.Grown(), resized())
+    assert phases == [P.GROWING, P.RESIZING, P.ATTACHED]
+    assert told == [(THIRD_OP, M.ACCEPTED), (THIRD_OP, M.DONE)]
+    assert now == mapping(DIRECT, P.ATTACHED, device="/dev/y")
+
+
+def test_a_local_copy_grows_first_and_the_nas_follows_with_a_pull() -> None:
+    now, phases, told = walk(
+        mapping(SYNC, P.LOCAL), grow(), resized(), ev.ReturnOpened(attempt=1), ev.Returned(attempt=1, digest="d"),
+        ev.ReturnVerified(attempt=1, version="v2", digest="d"), ev.Applied(attempt=1, size_bytes=GROWN),
+    )  # fmt: skip
+    assert phases == [P.RESIZING, P.PULLING, P.LOCAL]
+    assert told == [(THIRD_OP, M.ACCEPTED), (THIRD_OP, M.DONE)]
+    assert (now.grown_bytes, now.device, now.op) == (0, "/dev/y", None)
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_a_report_of_an_earlier_growth_changes_nothing(mode: Mode) -> None:
+    before = mapping(mode, P.RESIZING)
+    decision = decide(before, resized(GROWN - 512))
+    assert (decision.mapping, decision.steps, decision.told) == (before, (), ())
+
+
+@pytest.mark.parametrize(("mode", "phase"), [(DIRECT, P.GROWING), (DIRECT, P.RESIZING), (SYNC, P.RESIZING)])
+def test_the_same_growth_again_is_the_one_that_goes_on(mode: Mode, phase: Phase) -> None:
+    before = mapping(mode, phase)
+    decision = decide(before, grow())
+    assert (decision.mapping, decision.steps, decision.same_op) == (before, (), OTHER_OP)
+    assert decide(mapping(SYNC, P.PULLING, grown_bytes=GROWN), grow()).same_op == OTHER_OP
+
+
+def test_another_size_waits_until_the_nas_has_the_first() -> None:
+    behind = mapping(SYNC, P.LOCAL, grown_bytes=GROWN)
+    assert decide(behind, grow(2 * GROWN)).refuse == "conflict"
+    assert decide(behind, grow()).mapping.phase is P.RESIZING
+
+
+@pytest.mark.parametrize(("mode", "rest"), [(DIRECT, P.ATTACHED), (SYNC, P.LOCAL)])
+def test_what_has_no_room_is_as_before(mode: Mode, rest: Phase) -> None:
+    before = mapping(mode, rest)
+    begun = decide(before, grow()).mapping
+    step = S.GROW if mode is DIRECT else S.TELL_RESIZE
+    decision = decide(begun, ev.Failed(step=step.value, code="no_space", message="full"))
+    assert decision.mapping == replace(before, error="full")
+    assert decision.told == ((THIRD_OP, M.FAILED),)
+
+
+def test_a_container_that_cannot_follow_may_have_followed() -> None:
+    failed = ev.Failed(step=S.TELL_RESIZE.value, code="conflict", message="why", permanent=True)
+    for mode, rest in ((DIRECT, P.ATTACHED), (SYNC, P.LOCAL)):
+        decision = decide(mapping(mode, P.RESIZING), failed)
+        assert (decision.mapping.phase, decision.mapping.grown_bytes) == (rest, GROWN)
+        assert decision.told == ((OTHER_OP, M.FAILED),)
+
+
+def test_unmap_waits_only_until_the_size_of_the_nas_is_known() -> None:
+    waiting = decide(mapping(DIRECT, P.GROWING), ev.Unmap(op=UNMAP_OP)).mapping
+    assert (waiting.phase, waiting.unmap_op) == (P.GROWING, UNMAP_OP)
+    for event in (ev.Grown(), ev.Failed(step=S.GROW.value, code="bad_size", message="why")):
+        gone = decide(waiting, event)
+        assert (gone.mapping.phase, gone.mapping.op, gone.steps) == (P.DETACHING, UNMAP_OP, (S.TELL_DETACH,))
+    assert decide(mapping(DIRECT, P.RESIZING), ev.Unmap(op=UNMAP_OP)).mapping.phase is P.DETACHING
+    leaving = decide(mapping(SYNC, P.RESIZING), ev.Unmap(op=UNMAP_OP))
+    assert (leaving.mapping.phase, leaving.mapping.grown_bytes) == (P.DETACHING, GROWN)
+    assert leaving.told == ((OTHER_OP, M.CANCELLED), (UNMAP_OP, M.ACCEPTED))

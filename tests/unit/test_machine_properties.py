@@ -37,6 +37,8 @@ class Holder:
     whole: bool = False
     open: bool = False
     written: int = 0
+    size: int = 1
+    sizes: dict[int, int] = field(default_factory=dict)
     sent: dict[int, int] = field(default_factory=dict)
 
     @property
@@ -61,6 +63,7 @@ class World(RuleBasedStateMachine):
         self.on_nas = 0  # the last write that the NAS has
         self.verified: dict[tuple[Generation, int], int] = {}
         self.counter = 0
+        self.size = 1  # of the volume on the NAS
 
     # -- what an engine does
 
@@ -112,6 +115,13 @@ class World(RuleBasedStateMachine):
     @rule()
     def pull(self) -> None:
         self.happen(ev.Pull(op=self.op()))
+
+    @rule(more=st.integers(0, 2))
+    def grow(self, more: int) -> None:
+        """Requests below what it has are refused before they come here."""
+        now = max(self.size, self.mapping.grown_bytes)
+        if more or self.mapping.grown_bytes:
+            self.happen(ev.Grow(op=self.op(), size_bytes=now + more))
 
     @rule(number=st.integers(0, 5))
     def guest(self, number: int) -> None:
@@ -178,7 +188,13 @@ class World(RuleBasedStateMachine):
             case Step.APPLY_RETURN:
                 assert now.verified is not None
                 self.on_nas = max(self.on_nas, self.verified[generation, now.attempt])
-                self.happen(ev.Applied(attempt=now.attempt))
+                came = self.holders[generation].sizes[now.attempt]
+                assert came in (self.size, now.grown_bytes), "it comes back with a size that nobody expects"
+                self.size = came
+                self.happen(ev.Applied(attempt=now.attempt, size_bytes=came))
+            case Step.GROW:
+                self.size = now.grown_bytes
+                self.happen(ev.Grown())
             case Step.TELL_RELEASE:
                 pass
             case _:
@@ -187,7 +203,7 @@ class World(RuleBasedStateMachine):
     def container_does(self, step: Step, now: Mapping, op: OpId | None) -> None:
         assert now.container is not None
         assert now.mode is not None
-        holder = self.holders.setdefault(now.generation, Holder(now.container, now.mode))
+        holder = self.holders.setdefault(now.generation, Holder(now.container, now.mode, size=self.size))
         say = lambda event: self.letters.append((event, now.generation, op))  # noqa: E731
         match step:
             case Step.TELL_ATTACH if not holder.closed:
@@ -198,6 +214,11 @@ class World(RuleBasedStateMachine):
             case Step.TELL_SETTLE if holder.has_device:
                 holder.whole = True
                 say(ev.Merged())
+            case Step.TELL_RESIZE if holder.has_device:
+                assert now.grown_bytes >= holder.size, "a device gets smaller"
+                assert holder.mode is Mode.SYNC or now.grown_bytes <= self.size, "a device larger than the NAS's volume"
+                holder.size = now.grown_bytes
+                say(ev.Resized(size_bytes=holder.size, device="/dev/x"))
             case Step.TELL_DETACH if holder.has_device and holder.open and not now.force:
                 say(ev.Failed(step=step.value, code="in_use", message="open", permanent=True))
             case Step.TELL_DETACH:
@@ -205,6 +226,7 @@ class World(RuleBasedStateMachine):
                 say(ev.Detached(holds=holder.holds))
             case Step.TELL_RETURN if holder.attached and (holder.closed or now.phase is P.PULLING):
                 holder.sent[now.attempt] = holder.written
+                holder.sizes[now.attempt] = holder.size
                 say(ev.Returned(attempt=now.attempt, digest="d"))
 
     @precondition(lambda self: self.letters)
@@ -233,6 +255,12 @@ class World(RuleBasedStateMachine):
         if self.mapping.phase in AT_REST:
             assert all(end is not None for end in self.ends.values()), self.ends
             assert (self.mapping.op, self.mapping.unmap_op) == (None, None)
+
+    @invariant()
+    def at_rest_both_have_one_size(self) -> None:
+        holder = self.holders.get(self.mapping.generation)
+        if holder is not None and holder.has_device and self.mapping.phase in (P.ATTACHED, P.LOCAL):
+            assert self.mapping.grown_bytes or holder.size == self.size
 
     @invariant()
     def what_was_handed_out_is_known(self) -> None:

@@ -174,7 +174,7 @@ def test_who_may_send_what() -> None:
         assert kind.__doc__, action
         if action.startswith("zvol_") or kind is StepFailed:
             assert kind.senders == {Role.CONTAINER}, action
-        users = ("map_zvol", "unmap_zvol", "pull_zvol", "add_zvol", "del_zvol", "dump_zvol")
+        users = ("map_zvol", "unmap_zvol", "pull_zvol", "grow_zvol", "add_zvol", "del_zvol", "dump_zvol")
         if action.endswith("_zvol") and action not in users:
             assert kind.senders == {Role.NAS}, action
         if kind.senders & {Role.OPERATOR}:

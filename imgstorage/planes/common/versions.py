@@ -22,6 +22,11 @@ def next_version(base_version: str, generation: Generation, attempt: int, digest
     return hashlib.sha256(f"{base_version} {generation} {attempt} {digest}".encode()).hexdigest()[:16]
 
 
+def grown_version(base_version: str, size_bytes: int) -> str:
+    """The version of an unmapped volume's bytes after it has grown: asking again gives the same one."""
+    return hashlib.sha256(f"{base_version} grown to {size_bytes}".encode()).hexdigest()[:16]
+
+
 def superseded(grant: Grant, iqn: str, seen: Sequence[Seen]) -> list[Seen]:
     """Which of a volume's targets have to go before ``grant`` is offered as ``iqn``.
 

@@ -74,12 +74,30 @@ def make_room(settings: ContainerSettings, held: Sequence[Holding], volume: Volu
     """Drop caches until ``volume`` fits. Raises ``no_space`` if it does not fit even then."""
     here = [one for one in held if one.record is not None and one.record.pool == name]
     others = [one for one in here if one.uuid != volume.uuid]
-    caches = [one for one in others if one.known.phase is CopyPhase.CACHE]
-    caches.sort(key=lambda one: one.path.stat().st_mtime)
     own = next((zvols.find(one.local) for one in here if one.uuid == volume.uuid), None)
     wanted = worst_bytes(volume.size_bytes, cow.wanted_bytes(volume.size_bytes, settings.cow_percent))
     wanted -= own.dataset.used_bytes if own else 0
     wanted += sum(still_to_come(one) for one in others)
+    what = f"{volume.name} at its worst and what the copies there may still take"
+    _free(others, name, wanted, what)
+
+
+def make_room_to_grow(held: Sequence[Holding], holding: Holding, size_bytes: int) -> None:
+    """Drop caches until a local copy can grow to that size. Raises ``no_space`` if it cannot even then."""
+    known = holding.known
+    name = known.pool
+    if name is None:
+        raise ImgStorageError("internal", f"{known.name} has no local copy")
+    others = [one for one in held if one.record is not None and one.record.pool == name and one is not holding]
+    wanted = local_bytes(size_bytes) - local_bytes(known.size_bytes)
+    wanted += sum(still_to_come(one) for one in others)
+    _free(others, name, wanted, f"{known.name} to grow beside what the copies there may still take")
+
+
+def _free(others: Sequence[Holding], name: PoolName, wanted: int, what: str) -> None:
+    """Drop caches, longest unused first, until so much is free. Raises ``no_space``."""
+    caches = [one for one in others if one.known.phase is CopyPhase.CACHE]
+    caches.sort(key=lambda one: one.path.stat().st_mtime)
     while True:
         now = pool(name)
         if now is None:
@@ -89,8 +107,7 @@ def make_room(settings: ContainerSettings, held: Sequence[Holding], volume: Volu
         if not caches:
             raise ImgStorageError(
                 "no_space",
-                f"pool {name} has {format_size(now.free_bytes)} free; {format_size(wanted)} must be free for "
-                f"{volume.name} at its worst and what the copies there may still take",
+                f"pool {name} has {format_size(now.free_bytes)} free; {format_size(wanted)} must be free for {what}",
             )
         cache = caches.pop(0)
         with cache.lock:

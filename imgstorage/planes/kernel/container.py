@@ -25,6 +25,7 @@ from imgstorage.planes.kernel import (
     hydrate,
     merge,
     record,
+    resize,
     sendback,
     session,
     show,
@@ -227,6 +228,13 @@ class KernelContainer:
     def send_back(self, volume: VolumeUuid, generation: Generation, port: ReturnPort) -> None:
         """See the protocol."""
         sendback.start(self._known.find(volume, generation), port)
+
+    def resize(self, volume: VolumeUuid, generation: Generation, size_bytes: int) -> Device:
+        """See the protocol."""
+        holding = self._known.find(volume, generation)
+        with holding.lock:
+            resize.resize(holding, self._known.all(), size_bytes)
+            return show.device(holding)
 
     # -- letting go -----------------------------------------------------------------------------------------
 

@@ -27,10 +27,11 @@ FLUSH_S = 60.0
 
 @dataclass(frozen=True)
 class Live:
-    """A device that is there, and its live table (None: none yet)."""
+    """A device that is there, its live table (None: none yet) and its length."""
 
     info: Info
     target: Target | None
+    length_sectors: int = 0
 
 
 def dm_uuid(volume: VolumeUuid, generation: Generation, purpose: str = "") -> str:
@@ -66,7 +67,7 @@ def find(name: str) -> Live | None:
         raise
     if len(table) > 1:
         raise ImgStorageError("conflict", f"the device {name} has {len(table)} parts: it is not this project's")
-    return Live(seen, table[0].target if table else None)
+    return Live(seen, table[0].target, table[0].length_sectors) if table else Live(seen, None)
 
 
 def own(name: str, uuid: str) -> Live | None:
@@ -125,7 +126,7 @@ def switch(name: str, size_bytes: int, target: Target) -> None:
     live = find(name)
     if live is None:
         raise ImgStorageError("not_found", f"there is no device {name}")
-    if live.target == target:
+    if live.target == target and live.length_sectors == sectors(size_bytes):
         if live.info.inactive:
             dm.clear(name)
         if live.info.suspended:

@@ -37,7 +37,7 @@ from imgstorage.planes.common import targets as drivers
 from imgstorage.planes.common.targets.protocol import Seen
 from imgstorage.planes.common.verbs import typed_errors
 from imgstorage.planes.common.versions import superseded
-from imgstorage.planes.kernel import contents, initiators, layout, snapshots, stamps, transfers, trash
+from imgstorage.planes.kernel import contents, enlarge, initiators, layout, snapshots, stamps, transfers, trash
 from imgstorage.planes.kernel.pools import Pools
 from imgstorage.planes.kernel.portals import Portals, dataset_of
 from imgstorage.planes.kernel.returns import Returns
@@ -135,6 +135,30 @@ class KernelNas:
     def dump(self, volume: Volume, path: str, tell: Tell = untold) -> None:
         """As :meth:`NasPlane.dump`. Raises ``in_use`` while a container may write: the version is not complete."""
         contents.dump(self._volumes, volume, path, self._settings.import_dirs, tell)
+
+    def grow(self, volume: Volume, size_bytes: int, grant: Grant | None = None, secret: str = "") -> Volume:
+        """As :meth:`NasPlane.grow`. Raises ``in_use`` for one that is exported and has no ``grant``."""
+        written = grant is not None
+        grown = enlarge.target_of(volume, size_bytes, written=written)
+        seen = self._volumes.present(volume)
+        if grant is None and self._portals.of(seen.name):
+            raise ImgStorageError("in_use", f"{volume} is exported")
+        if grant is not None and grant.mode is not Mode.DIRECT:
+            raise ImgStorageError("not_allowed", f"{volume} is copied: it grows with what comes back")
+        known = seen.record
+        if grant is not None and known is not None and known.stamp.generation != grant.generation:
+            raise self._stale(grant, known)
+        if not enlarge.is_done(known, grown):
+            if known is None or known.growing != size_bytes:
+                seen, known = self._volumes.checked(volume)
+            if known.back is not None or bool(known.opened) != written:
+                raise ImgStorageError("diverged", f"{volume} was written to, or what came back is not applied yet")
+            enlarge.enlarge(self._pools, seen, known, grown, written=written)
+        if grant is not None:
+            iqn = names.target_name(grant.nas, volume.name, grant.generation, grant.container)
+            portal = self._portals.portal(grant, iqn, secret, writable=True)
+            self._portals.offer(grant, portal, seen.name, grown_bytes=size_bytes)
+        return grown
 
     def trash(self, volume: Volume) -> None:
         """As :meth:`NasPlane.trash`. Raises ``in_use`` too while something verified waits to be applied."""
@@ -275,9 +299,9 @@ class KernelNas:
         """As :meth:`NasPlane.verify_return`."""
         return self._returns.verify(grant, attempt, digest)
 
-    def apply_return(self, grant: Grant, version: str) -> None:
+    def apply_return(self, grant: Grant, version: str) -> int:
         """As :meth:`NasPlane.apply_return`. Raises ``not_found`` if nothing was verified as that version."""
-        self._returns.apply(grant, version)
+        return self._returns.apply(grant, version)
 
     def drop_return(self, grant: Grant) -> None:
         """As :meth:`NasPlane.drop_return`. What was verified stays, and what a fold wrote, which is nowhere else."""
@@ -297,7 +321,11 @@ class KernelNas:
         """A volume that is the stamped version, and stamped for this grant."""
         seen, known = self._volumes.checked(grant.volume)
         if known.stamp.generation != grant.generation:
-            raise ImgStorageError(
-                "stale_generation", f"{grant.volume} is granted as {known.stamp.generation}, not {grant.generation}"
-            )
+            raise self._stale(grant, known)
         return seen, known
+
+    @staticmethod
+    def _stale(grant: Grant, known: Record) -> ImgStorageError:
+        return ImgStorageError(
+            "stale_generation", f"{grant.volume} is granted as {known.stamp.generation}, not {grant.generation}"
+        )

@@ -53,10 +53,11 @@ class Portals:
         portal: Portal,
         dataset: str,
         check: Callable[[Sequence[Seen]], Sequence[Seen]] = lambda _: [],
+        grown_bytes: int = 0,
     ) -> None:
         """Have that target exist, over a volume's zvol, for the grant's container only; ``check`` as
-        :meth:`Targets.offer`."""
-        device = Volumes.device(dataset, grant.volume.size_bytes).path
+        :meth:`Targets.offer`. One whose volume has grown to ``grown_bytes`` is made anew."""
+        device = Volumes.device(dataset, grown_bytes or grant.volume.size_bytes).path
         offer = Offer(
             iqn=portal.iqn,
             path=device,
@@ -71,6 +72,9 @@ class Portals:
         # tgtd opens read-only, without a word, what it cannot open for writing
         held = blockdev.writable(device, deadline_s=WRITABLE_TIMEOUT_S) if portal.writable else nullcontext()
         with held:
+            if grown_bytes:
+                self.targets.renew(offer, portal.secret)
+                return
             self.targets.offer(offer, portal.secret, check)
 
     @property

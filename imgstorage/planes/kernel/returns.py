@@ -56,6 +56,7 @@ class Returns:
             attempt=attempt,
             base_version=known.stamp.volume.version,
             snapshot=_snapshot(grant, kind, attempt),
+            grown_bytes=grant.grown_bytes,
         )
         return stamps.save(dataset, replace(known, back=new))
 
@@ -111,7 +112,7 @@ class Returns:
         stamps.save(dataset, replace(known, opened="", back=done))
         return version
 
-    def apply(self, grant: Grant, version: str) -> None:
+    def apply(self, grant: Grant, version: str) -> int:
         """As :meth:`NasPlane.apply_return`."""
         volume, seen = grant.volume, self.volumes.present(grant.volume)
         known = seen.record
@@ -120,19 +121,21 @@ class Returns:
         back, stamped = known.back, known.stamp.volume
         if back is None and stamped.version == version:
             self._tidy(seen, volume, known)
-            return
+            return stamped.size_bytes
         if back is None or back.version != version:
             raise ImgStorageError("not_found", f"nothing was verified as version {version} of {volume}")
         if back.generation != grant.generation:
             raise ImgStorageError("stale_generation", f"version {version} of {volume} is not of {grant.generation}")
         self._close(seen.name, volume)
         seen, known = self.volumes.checked(replace(volume, version=back.base_version))
-        applied = replace(stamped, version=version, parent_version=back.base_version)
+        size = _size(seen, back, stamped)
+        applied = replace(stamped, version=version, parent_version=back.base_version, size_bytes=size)
         sealed = Sealed(name=back.snapshot, guid=back.guid)
         if not seen.has(sealed):
             raise ImgStorageError("diverged", f"{seen.name}@{sealed.name} was verified, and is gone")
         known = replace(known, stamp=replace(known.stamp, volume=applied), sealed=sealed, back=None)
         self._tidy(seen, volume, stamps.save(seen.name, known))
+        return size
 
     def drop(self, volume: Volume, dataset: str, known: Record) -> Record:
         """Get rid of a way back that is no fold under way, of what was verified too. Returns the stamp as it is now."""
@@ -175,6 +178,12 @@ def _folded(seen: View, back: Back, digest: str) -> Sealed:
     if digest != talk.fold_digest(back.generation, back.attempt):
         raise ImgStorageError("verify_failed", f"the container did not say that attempt {back.attempt} was folded")
     return snapshots.sealed(snapshots.seal(seen.name, back.snapshot), back.snapshot)
+
+
+def _size(seen: View, back: Back, volume: Volume) -> int:
+    """The size that a volume has with what came back: a stream brings the zvol's."""
+    grown = back.grown_bytes and seen.dataset.volsize_bytes == layout.zvol_bytes(back.grown_bytes)
+    return back.grown_bytes if grown else volume.size_bytes
 
 
 def _snapshot(grant: Grant, kind: ReturnKind, attempt: int) -> str:

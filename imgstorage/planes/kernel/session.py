@@ -7,6 +7,10 @@ the whole snapshot invalid.
 
 from __future__ import annotations
 
+import contextlib
+import time
+
+from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.ports import Portal
 from imgstorage.planes.common import names
 from imgstorage.planes.kernel import layout
@@ -15,6 +19,8 @@ from imgstorage.tools.iscsi_record import FOR_EVER, Node, Settings
 from imgstorage.tools.iscsi_sysfs import Disk
 
 DISK_S = 30.0
+GROWTH_S = 60.0
+POLL_S = 0.1
 
 
 def node(portal: Portal) -> Node:
@@ -40,11 +46,25 @@ def login(settings: ContainerSettings, portal: Portal, size_bytes: int) -> Disk:
         )
         settings.initiator.write_record(target, secrets)
         settings.initiator.login(target)
+    _see_growth(settings, portal, layout.zvol_bytes(size_bytes))
     disk = settings.sysfs.wait_disk(
         portal.iqn, portal.lun, serial=portal.serial, size_bytes=layout.zvol_bytes(size_bytes), timeout_s=DISK_S
     )
     settings.sysfs.never_give_up(disk)
     return disk
+
+
+def _see_growth(settings: ContainerSettings, portal: Portal, size_bytes: int) -> None:
+    """A disk that the kernel knows as smaller has grown on the NAS: have it asked again, once the session is back."""
+    until = time.monotonic() + GROWTH_S
+    while time.monotonic() < until:
+        seen = disk(settings, portal)
+        if seen is None or seen.serial != portal.serial or seen.size_bytes >= size_bytes:
+            return
+        if up(settings, portal):
+            with contextlib.suppress(ImgStorageError):  # it may be lost again just now
+                settings.sysfs.rescan(seen)
+        time.sleep(POLL_S)
 
 
 def disk(settings: ContainerSettings, portal: Portal) -> Disk | None:

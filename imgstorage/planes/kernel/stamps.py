@@ -10,6 +10,7 @@ It is JSON in the user property ``imgstorage:stamp`` of the zvol, one property s
   one and cleared when the head is sealed again.
 * ``back`` is a way back that is under way. Its snapshot may be there, newer than the sealed one; once ``version`` is
   set it is there, compared and held, and is dropped no more.
+* ``growing`` is the size that the zvol is being given; nobody is offered the new space before it is over.
 * ``set_back``: the head is being given up for the sealed snapshot (volumes.py).
 * A new stamp never hides a change: it carries over all but the mapping's own record.
 """
@@ -38,7 +39,8 @@ class Sealed:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Back:
     """One attempt of a way back into the volume. ``snapshot`` is the short name under which it comes;
-    ``guid``, ``version`` and ``digest`` are set when it is verified."""
+    ``guid``, ``version`` and ``digest`` are set when it is verified. ``grown_bytes`` is the size that the volume may
+    have then, if another (0: it may not)."""
 
     generation: Generation
     kind: ReturnKind
@@ -48,6 +50,7 @@ class Back:
     guid: int = 0
     version: str = ""
     digest: str = ""
+    grown_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +63,7 @@ class Record:
     opened: str = ""
     back: Back | None = None
     set_back: bool = False
+    growing: int = 0
 
     @property
     def folding(self) -> Back | None:

@@ -6,7 +6,7 @@ Devices are named by number here, as the kernel prints them, so that a table tha
 from __future__ import annotations
 
 from imgstorage.core.errors import ImgStorageError
-from imgstorage.planes.kernel import cow, device, session
+from imgstorage.planes.kernel import cow, device, layout, session, zvols
 from imgstorage.planes.kernel.holding import Holding
 from imgstorage.planes.kernel.record import CopyPhase
 from imgstorage.tools.dmsetup.tables import Linear, Mode, Snapshot, SnapshotMerge, Target
@@ -43,6 +43,8 @@ def wanted(holding: Holding) -> Target:
 def bring_up(holding: Holding) -> None:
     """See that the device is there as the phase wants it, and runs."""
     known = holding.known
+    if known.phase is CopyPhase.LOCAL:
+        zvols.grow(holding.local, layout.zvol_bytes(known.size_bytes))
     target = wanted(holding)
     if known.phase is CopyPhase.MERGING:
         live = device.own(holding.device_name, holding.dm_uuid)

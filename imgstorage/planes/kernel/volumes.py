@@ -20,7 +20,7 @@ from imgstorage.core.mapping import NEVER_GRANTED, Volume
 from imgstorage.core.names import format_size
 from imgstorage.core.ports import Stamp
 from imgstorage.planes.common.versions import older
-from imgstorage.planes.kernel import layout, snapshots, stamps, trash
+from imgstorage.planes.kernel import enlarge, layout, snapshots, stamps, trash
 from imgstorage.planes.kernel.pools import Pools
 from imgstorage.planes.kernel.stamps import Record
 from imgstorage.planes.kernel.views import View, view
@@ -88,6 +88,8 @@ class Volumes:
         known = seen.written
         if known is None or known.stamp.volume.uuid != volume.uuid:
             raise ImgStorageError("diverged", f"{seen.name} is not the volume {volume}: it has no stamp of it")
+        if known.growing and known.guid == seen.dataset.guid:
+            seen, known = enlarge.as_before(self.pools, volume, seen, known)
         if why := _changed(seen, known, volume):
             raise ImgStorageError(
                 "diverged", f"the zvol of {volume} is not version {known.stamp.volume.version}: {why}"
@@ -214,7 +216,8 @@ def _changed(seen: View, known: Record, volume: Volume) -> str:
     if known.guid != seen.dataset.guid or known.sealed is None:
         return "it is another zvol than the one that was stamped (restored or copied?)"
     size = layout.zvol_bytes(volume.size_bytes)
-    if seen.dataset.volsize_bytes != size:
+    came = layout.zvol_bytes(known.back.grown_bytes) if known.back is not None and known.back.grown_bytes else size
+    if seen.dataset.volsize_bytes not in (size, came):
         return f"it has {seen.dataset.volsize_bytes} bytes instead of {size}"
     if not seen.has(known.sealed):
         return f"its snapshot {known.sealed.name} is gone (rolled back, or received anew?)"

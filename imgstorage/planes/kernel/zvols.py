@@ -168,6 +168,13 @@ def stamped(pools: Iterable[PoolName]) -> dict[str, Stamp]:
 # -- zvols --------------------------------------------------------------------------------------------------
 
 
+def grow(name: str, size_bytes: int) -> None:
+    """See that a zvol in use has this size at least, with room for all of it. Raises ``no_space``."""
+    if properties.dataset(name).volsize_bytes < size_bytes:
+        datasets.set_properties(name, {"volsize": str(size_bytes)})
+        datasets.set_properties(name, {"refreservation": "auto"})
+
+
 def device(name: str, size_bytes: int) -> blockdev.Zvol:
     """The block device of a zvol, proven. Raises ``timeout``."""
     return blockdev.wait_zvol(name, size_bytes, deadline_s=DEVICE_S)

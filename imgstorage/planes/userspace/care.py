@@ -45,6 +45,22 @@ def ensure_served(holding: Holding, *, fuse: bool, closely: bool = True) -> str:
     return sentence
 
 
+def show_size(holding: Holding) -> None:
+    """See that the device is offered with the size of the record, and nothing else for longer than somebody needs it.
+    Call it with the lock; cheap if it is so. Raises ``failed``."""
+    runtime = holding.runtime
+    wanted = holding.known.grant.volume.size_bytes
+    if holding.back is None or (runtime.offered_bytes in (0, wanted) and not runtime.old_offers):
+        return
+    with holding.back.connect() as monitor:
+        if holding.known.phase is CopyPhase.LOCAL:
+            layers.settle_switch(monitor, holding)
+        if runtime.offered_bytes not in (0, wanted):
+            chain.offer_larger(monitor, holding)
+        front.show_larger(holding)
+        chain.retire_offers(monitor, holding)
+
+
 def recover(holding: Holding, *, fuse: bool) -> None:
     """What a starting plane does with a volume that it finds. Raises as :func:`ensure_served`."""
     with holding.lock:
@@ -54,6 +70,7 @@ def recover(holding: Holding, *, fuse: bool) -> None:
         holding.clear_unfinished()
         if record.phase in state.OFFERED:
             ensure_served(holding, fuse=fuse)
+            show_size(holding)
             if record.phase is CopyPhase.LOCAL:
                 hydrate.let_go(holding)
                 layers.resume(holding)
@@ -80,6 +97,7 @@ def tend(holding: Holding, *, fuse: bool) -> str:
             hydrate.start(holding)
         if holding.record.phase is CopyPhase.LOCAL:
             layers.resume(holding)
+        show_size(holding)
         return sentence
     except (ImgStorageError, OSError) as error:
         return f"{holding.known.grant.volume.name} cannot be served: {error}"

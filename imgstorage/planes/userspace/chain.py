@@ -5,6 +5,10 @@
 Once changes were pulled from a device in use there may be further layers, "ovl-2" and so on, above the first or in
 its place: each node is named like its file, and only the top one is writable.
 
+QEMU 7.2 does not let a node change its size while it is exported over NBD. A device that grows is offered a second
+time: a new root (a throttle node over a larger top layer; in direct mode a second session to the LUN) with an export of
+its own, and the one before goes when nobody is connected to it any more.
+
 The chain is always built from explicit nodes; what a qcow2 header says of its backing is never used. One daemon
 per volume: adding an iSCSI node is synchronous, so a frozen NAS freezes one volume's monitor and no other's.
 The throttle node lets guest writes pause while the pool is full; it changes groups by blockdev-reopen, because
@@ -27,7 +31,7 @@ from imgstorage.planes.userspace import layout, state
 from imgstorage.planes.userspace.holding import Holding
 from imgstorage.planes.userspace.state import CopyPhase
 from imgstorage.tools import qemu_img, storage_daemon
-from imgstorage.tools.qmp import Monitor, check_socket_path
+from imgstorage.tools.qmp import Monitor, MonitorLost, check_socket_path
 from imgstorage.tools.run import run
 from imgstorage.tools.storage_daemon import qcow2_node
 
@@ -68,7 +72,7 @@ def open_lun(monitor: Monitor, holding: Holding, portal: Portal, name: str, *, w
             monitor.command("object-del", {"id": secret})
         raise
     found = storage_daemon.nodes(monitor)[name]["image"]["virtual-size"]
-    if size and found != size:
+    if size and found != size and not (writable and found > size):  # it has grown, and nobody said so yet
         raise ImgStorageError("diverged", f"the LUN has {found} bytes, the volume {size}")
 
 
@@ -107,8 +111,9 @@ def make_overlay(monitor: Monitor, holding: Holding) -> None:
     make_layer(monitor, holding, holding.overlay)
 
 
-def make_layer(monitor: Monitor, holding: Holding, path: Path) -> None:
-    """A new, empty layer, durable when this returns; what has its name is removed."""
+def make_layer(monitor: Monitor, holding: Holding, path: Path, size_bytes: int = 0) -> None:
+    """A new, empty layer (of the volume's size unless another is given), durable when this returns; what has its name
+    is removed."""
     if storage_daemon.job(monitor, FORMAT_JOB) is not None:  # whoever made the last one did not get to its end
         storage_daemon.await_job(monitor, FORMAT_JOB, "concluded", CREATE_TIMEOUT_S)
         monitor.command("job-dismiss", {"id": FORMAT_JOB})
@@ -118,7 +123,7 @@ def make_layer(monitor: Monitor, holding: Holding, path: Path) -> None:
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     monitor.command("blockdev-add", {"driver": "file", "node-name": "new", "filename": str(path)})
     try:
-        format_qcow2(monitor, "new", holding.known.grant.volume.size_bytes, ("below", "raw"))
+        format_qcow2(monitor, "new", size_bytes or holding.known.grant.volume.size_bytes, ("below", "raw"))
     finally:
         monitor.command("blockdev-del", {"node-name": "new"})
     files.fsync_file(path)
@@ -142,7 +147,7 @@ def launch_back(holding: Holding) -> Monitor:
     monitor, nbd = folder / f"b{number}.mon", folder / f"b{number}.nbd"
     check_socket_path(nbd)
     daemon = storage_daemon.launch(monitor, folder / "back.log")
-    holding.set_runtime(incarnation=number, back=daemon, nbd=str(nbd))
+    holding.set_runtime(incarnation=number, back=daemon, nbd=str(nbd), offer=0, offered_bytes=0, old_offers=())
     holding.clear_run_files(".nbd", str(nbd))
     return daemon.connect()
 
@@ -172,29 +177,86 @@ def build(monitor: Monitor, holding: Holding) -> str:
     monitor.command("blockdev-add", overlay_node(holding, below))
     monitor.command("object-add", {"qom-type": "throttle-group", "id": FREE})
     monitor.command("object-add", {"qom-type": "throttle-group", "id": HELD_BACK, "limits": {"bps-write": 1}})
-    monitor.command("blockdev-add", throttle_node(holding, FREE))
+    monitor.command("blockdev-add", throttle_node(holding, ROOT, FREE))
     holding.paused = False
     return ROOT
 
 
-def throttle_node(holding: Holding, group: str) -> dict[str, Any]:
-    """The node above the layers, in one of the two groups."""
-    return {"driver": "throttle", "node-name": ROOT, "throttle-group": group, "file": holding.overlay.stem}
+def throttle_node(holding: Holding, name: str, group: str) -> dict[str, Any]:
+    """A node above the layers, in one of the two groups."""
+    return {"driver": "throttle", "node-name": name, "throttle-group": group, "file": holding.overlay.stem}
+
+
+def root_of(holding: Holding, offer: int) -> str:
+    """The node below an export."""
+    return _numbered("nas" if holding.known.pool is None else ROOT, offer)
+
+
+def export_of(offer: int) -> str:
+    """The id of an export."""
+    return _numbered(EXPORT, offer)
+
+
+def _numbered(name: str, offer: int) -> str:
+    return f"{name}-{offer}" if offer else name
 
 
 def hold_writes(monitor: Monitor, holding: Holding, *, back: bool) -> None:
     """Let guest writes wait, or go on. Only while the top layer of the record is in use."""
-    monitor.command("blockdev-reopen", {"options": [throttle_node(holding, HELD_BACK if back else FREE)]})
+    group = HELD_BACK if back else FREE
+    roots = [name for name, node in storage_daemon.nodes(monitor).items() if node["drv"] == "throttle"]
+    monitor.command("blockdev-reopen", {"options": [throttle_node(holding, name, group) for name in roots]})
 
 
 def offer(monitor: Monitor, holding: Holding, node: str) -> None:
     """Export a node over NBD."""
     address = {"type": "unix", "data": {"path": holding.runtime.nbd}}
     monitor.command("nbd-server-start", {"addr": address, "max-connections": 100})
-    monitor.command(
-        "block-export-add",
-        {"type": "nbd", "id": EXPORT, "node-name": node, "name": holding.device_name, "writable": True},
-    )
+    _export(monitor, EXPORT, node, holding.device_name)
+    holding.set_runtime(offered_bytes=holding.known.grant.volume.size_bytes)
+
+
+def _export(monitor: Monitor, export: str, node: str, name: str) -> None:
+    arguments = {"type": "nbd", "id": export, "node-name": node, "name": name, "writable": True}
+    monitor.command("block-export-add", arguments)
+
+
+def offer_larger(monitor: Monitor, holding: Holding) -> None:
+    """Offer the device once more, with the size of the record. What an earlier call left is taken, or made anew."""
+    record, offer = holding.known, holding.runtime.offer + 1
+    export, root = export_of(offer), root_of(holding, offer)
+    if export not in storage_daemon.exports(monitor):
+        if root in storage_daemon.nodes(monitor):
+            close_lun(monitor, root, record.grant.portal)
+        if record.pool is not None:
+            monitor.command("blockdev-add", throttle_node(holding, root, HELD_BACK if holding.paused else FREE))
+        elif record.grant.portal is not None:
+            open_lun(monitor, holding, record.grant.portal, root, writable=True, size=record.grant.volume.size_bytes)
+        _export(monitor, export, root, f"{holding.device_name}.{offer}")
+    old = (*holding.runtime.old_offers, holding.runtime.offer)
+    holding.set_runtime(offer=offer, offered_bytes=record.grant.volume.size_bytes, old_offers=old)
+
+
+def retire_offers(monitor: Monitor, holding: Holding) -> None:
+    """Take away what was offered before the device grew, as far as nobody is connected to it."""
+    left = []
+    for offer in holding.runtime.old_offers:
+        if export_of(offer) in storage_daemon.exports(monitor):
+            try:
+                monitor.command("block-export-del", {"id": export_of(offer), "mode": "safe"})
+            except MonitorLost:
+                raise
+            except ImgStorageError:
+                left.append(offer)
+                continue
+        try:
+            close_lun(monitor, root_of(holding, offer), holding.known.grant.portal)
+        except MonitorLost:
+            raise
+        except ImgStorageError:  # its export is going just now
+            left.append(offer)
+    if tuple(left) != holding.runtime.old_offers:
+        holding.set_runtime(old_offers=tuple(left))
 
 
 def reopen_back(holding: Holding) -> None:
@@ -228,7 +290,7 @@ def serving(holding: Holding) -> bool:
         return False
     try:
         with holding.back.connect() as monitor:
-            return EXPORT in storage_daemon.exports(monitor)
+            return export_of(holding.runtime.offer) in storage_daemon.exports(monitor)
     except ImgStorageError:
         return False
 
@@ -238,10 +300,12 @@ def withdraw(holding: Holding) -> bool:
     until = time.monotonic() + WITHDRAW_TIMEOUT_S
     while holding.back is not None:
         with holding.back.connect() as monitor:
-            if EXPORT not in storage_daemon.exports(monitor):
+            offered = _offered(monitor)
+            if not offered:
                 return True
             try:
-                monitor.command("block-export-del", {"id": EXPORT, "mode": "safe"})
+                for export in offered:
+                    monitor.command("block-export-del", {"id": export, "mode": "safe"})
             except ImgStorageError:
                 if time.monotonic() > until:
                     return False
@@ -259,14 +323,19 @@ def flush(holding: Holding) -> bool:
         return False
     with contextlib.suppress(ImgStorageError), holding.back.connect() as monitor:
         server = {"type": "unix", "path": holding.runtime.nbd}
-        if EXPORT in storage_daemon.exports(monitor):
-            monitor.command("block-export-del", {"id": EXPORT, "mode": "hard"})
+        for offered in _offered(monitor):
+            monitor.command("block-export-del", {"id": offered, "mode": "hard"})
         export = {"type": "nbd", "id": "flush", "node-name": holding.overlay.stem, "name": "flush", "writable": True}
         monitor.command("block-export-add", export)
         options = qemu_img.pseudo({"driver": "nbd", "server": server, "export": "flush"})
         run(["qemu-io", "-c", "flush", options], timeout_s=FLUSH_TIMEOUT_S)
         return True
     return False
+
+
+def _offered(monitor: Monitor) -> list[str]:
+    """The exports of the device, whatever their size."""
+    return [one for one in storage_daemon.exports(monitor) if one == EXPORT or one.startswith(f"{EXPORT}-")]
 
 
 def end_back(holding: Holding) -> None:

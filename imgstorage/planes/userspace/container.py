@@ -28,6 +28,7 @@ from imgstorage.planes.userspace import (
     hydrate,
     layers,
     layout,
+    resize,
     sendback,
     space,
     state,
@@ -302,6 +303,12 @@ class UserspaceContainer:
     def send_back(self, volume: VolumeUuid, generation: Generation, port: ReturnPort) -> None:
         """See the protocol. Raises ``conflict``, ``no_space``."""
         sendback.start(self._find(volume, generation), port)
+
+    def resize(self, volume: VolumeUuid, generation: Generation, size_bytes: int) -> Device:
+        """See the protocol."""
+        holding = self._find(volume, generation)
+        resize.resize(holding, self._all(), size_bytes, fuse=self._fuse)
+        return self._device(holding)
 
     # -- letting go -----------------------------------------------------------------------------------------
 

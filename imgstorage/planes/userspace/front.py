@@ -6,6 +6,8 @@ that its death leaves the back alone. Rules:
 * Each incarnation mounts on a new empty file in the run-time folder; the device's path is a symbolic link to it,
   made after the mount and removed before the unmount. So the path never names an unmounted file, into which a
   writer would put bytes that nobody keeps.
+* A throttle node without limits is on top, because what is below a filter can be exchanged while it is used: so a
+  device that has grown, which is another export, is shown to those who have the file open.
 * QEMU 7.2 answers a hole punched through FUSE with success and does not zero it; a blkdebug node answers ENOSYS
   to discards instead, and callers get EOPNOTSUPP.
 """
@@ -22,10 +24,12 @@ from typing import Any
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.planes.userspace.holding import Holding
 from imgstorage.tools import storage_daemon
+from imgstorage.tools.qmp import Monitor
 from imgstorage.tools.run import run
 from imgstorage.tools.storage_daemon import Daemon
 
 BUSY_WORDS = ("busy",)
+ROOT = "t"
 
 
 def available(run_dir: Path) -> bool:
@@ -42,7 +46,7 @@ def available(run_dir: Path) -> bool:
             return False
         try:
             with daemon.connect() as monitor:
-                null = {"driver": "null-co", "node-name": "d", "size": 1 << 20}
+                null = {"driver": "null-co", "node-name": ROOT, "size": 1 << 20}
                 monitor.command("blockdev-add", null)
                 monitor.command("block-export-add", _export(mount))
             return mount.stat().st_size == 1 << 20
@@ -54,7 +58,7 @@ def available(run_dir: Path) -> bool:
 
 
 def _export(mount: Path) -> dict[str, Any]:
-    return {"type": "fuse", "id": "file", "node-name": "d", "mountpoint": str(mount), "writable": True}
+    return {"type": "fuse", "id": "file", "node-name": ROOT, "mountpoint": str(mount), "writable": True}
 
 
 def open_front(holding: Holding) -> None:
@@ -64,24 +68,56 @@ def open_front(holding: Holding) -> None:
     mount = folder / f"m{number}"
     mount.touch(mode=0o400)
     daemon = storage_daemon.launch(folder / f"f{number}.mon", folder / "front.log")
-    holding.set_runtime(front=daemon, front_of=holding.runtime.incarnation, mount=str(mount))
+    offer = holding.runtime.offer
+    holding.set_runtime(front=daemon, front_of=holding.runtime.incarnation, front_offer=offer, mount=str(mount))
     with daemon.connect() as monitor:
-        monitor.command(
-            "blockdev-add",
-            {
-                "driver": "nbd",
-                "node-name": "n",
-                "server": {"type": "unix", "path": holding.runtime.nbd},
-                "export": holding.device_name,
-            },
-        )
-        refusal = {"event": "none", "iotype": "discard", "errno": errno.ENOSYS, "once": False}
-        monitor.command(
-            "blockdev-add",
-            {"driver": "blkdebug", "node-name": "d", "image": "n", "inject-error": [refusal], "discard": "unmap"},
-        )
+        _add_branch(monitor, holding)
+        monitor.command("object-add", {"qom-type": "throttle-group", "id": "free"})
+        monitor.command("blockdev-add", _root(holding))
         monitor.command("block-export-add", _export(mount))
     _link(holding, mount)
+
+
+def _root(holding: Holding) -> dict[str, Any]:
+    return {"driver": "throttle", "node-name": ROOT, "throttle-group": "free", "file": f"d{holding.runtime.offer}"}
+
+
+def _add_branch(monitor: Monitor, holding: Holding) -> None:
+    """What is below the root: the export that is offered now, and the refusal of discards."""
+    offer = holding.runtime.offer
+    server = {"type": "unix", "path": holding.runtime.nbd}
+    nbd = {"driver": "nbd", "node-name": f"n{offer}", "server": server, "export": holding.export_name}
+    monitor.command("blockdev-add", nbd)
+    refusal = {"event": "none", "iotype": "discard", "errno": errno.ENOSYS, "once": False}
+    monitor.command(
+        "blockdev-add",
+        {
+            "driver": "blkdebug",
+            "node-name": f"d{offer}",
+            "image": f"n{offer}",
+            "inject-error": [refusal],
+            "discard": "unmap",
+        },
+    )
+
+
+def show_larger(holding: Holding) -> None:
+    """Show what is offered now to those who have the file open; each step can be repeated. Raises ``failed``."""
+    if holding.front is None or holding.runtime.front_offer == holding.runtime.offer:
+        return
+    old, new = holding.runtime.front_offer, holding.runtime.offer
+    with holding.front.connect() as monitor:
+        if f"d{new}" not in storage_daemon.nodes(monitor):
+            if f"n{new}" in storage_daemon.nodes(monitor):
+                monitor.command("blockdev-del", {"node-name": f"n{new}"})
+            _add_branch(monitor, holding)
+        monitor.command("blockdev-reopen", {"options": [_root(holding)]})
+        size = holding.known.grant.volume.size_bytes  # nothing is resized: the root takes the size of what is below
+        monitor.command("block_resize", {"node-name": ROOT, "size": size})
+        for node in (f"d{old}", f"n{old}"):
+            if node in storage_daemon.nodes(monitor):
+                monitor.command("blockdev-del", {"node-name": node})
+    holding.set_runtime(front_offer=new)
 
 
 def _link(holding: Holding, mount: Path) -> None:

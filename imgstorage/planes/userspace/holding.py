@@ -42,6 +42,10 @@ class Runtime:
     """The daemons of one volume. Each incarnation of the back has a new NBD socket: a client of a dead one must
     fail for good, because writes that it had acknowledged and not flushed are gone. ``front_of`` is the incarnation
     that the front is a client of. ``transfer`` serves a way back.
+
+    A device that has grown is a new export: ``offer`` numbers those of an incarnation, ``offered_bytes`` is its size
+    (0: the record's). ``front_offer`` is the one that the front shows, ``old_offers`` are those before it that may
+    still be there.
     """
 
     incarnation: int = 0
@@ -49,6 +53,10 @@ class Runtime:
     nbd: str = ""
     front: Daemon | None = None
     front_of: int = 0
+    front_offer: int = 0
+    offer: int = 0
+    offered_bytes: int = 0
+    old_offers: tuple[int, ...] = ()
     mount: str = ""
     transfer: Daemon | None = None
 
@@ -145,7 +153,13 @@ class Holding:
         """What a virtual machine opens."""
         if self.runtime.mount:
             return str(self.device_link)
-        return f"nbd+unix:///{self.device_name}?socket={self.runtime.nbd}"
+        return f"nbd+unix:///{self.export_name}?socket={self.runtime.nbd}"
+
+    @property
+    def export_name(self) -> str:
+        """The name of the export that is offered now."""
+        offer = self.runtime.offer
+        return f"{self.device_name}.{offer}" if offer else self.device_name
 
     # -- record and runtime ---------------------------------------------------------------------------------
 

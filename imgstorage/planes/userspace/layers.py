@@ -20,6 +20,7 @@ import logging
 import re
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 from imgstorage.core.errors import ImgStorageError
@@ -50,7 +51,7 @@ def freeze(holding: Holding, attempt: int, cancel: threading.Event) -> None:
     Once for each attempt: a repeated one is of the same point in time. Raises ``failed``, ``cancelled``.
     """
     while True:
-        _await_fold(holding, cancel)
+        await_fold(holding, cancel)
         with holding.lock:
             record = _local(holding, cancel)
             if record.proven:
@@ -74,22 +75,29 @@ def _local(holding: Holding, cancel: threading.Event) -> state.CopyRecord:
 
 
 def _push(monitor: Monitor, holding: Holding, attempt: int) -> None:
+    _put_on_top(monitor, holding, 0, point=attempt, attempt=0, digest="", sent_base="")
+
+
+def _put_on_top(monitor: Monitor, holding: Holding, size_bytes: int, **changes: Any) -> None:
+    """A new layer for the guest to write to; ``changes`` of the record become durable with it."""
     record = holding.known
     numbers = [int(number) for name in record.layers for number in re.findall(r"-(\d+)\.", name)]
     name = f"ovl-{max([1, *numbers]) + 1}.qcow2"
-    chain.make_layer(monitor, holding, holding.folder / name)
-    holding.advance(
-        CopyPhase.LOCAL,
-        layers=(*record.layers, name),
-        point=attempt,
-        switching=True,
-        attempt=0,
-        digest="",
-        sent_base="",
-    )
+    chain.make_layer(monitor, holding, holding.folder / name, size_bytes)
+    holding.advance(CopyPhase.LOCAL, layers=(*record.layers, name), switching=True, **changes)
     window.keep(holding)
     settle_switch(monitor, holding)
     window.give_back(holding.layers[-2])
+
+
+def push_larger(holding: Holding, size_bytes: int) -> None:
+    """Have the guest write to a new layer of that size: what is below reads as zeros beyond its end, and grows when
+    the layer is merged into it. Call it with the lock. Raises ``failed``."""
+    grant = holding.known.grant
+    with chain.connect(holding) as monitor:
+        settle_switch(monitor, holding)
+        grown = replace(grant, volume=replace(grant.volume, size_bytes=size_bytes))
+        _put_on_top(monitor, holding, size_bytes, grant=grown)
 
 
 def settle_switch(monitor: Monitor, holding: Holding) -> None:
@@ -116,7 +124,8 @@ def _merge_served(holding: Holding, upper: str, lower: str, cancel: threading.Ev
         with holding.lock:
             _local(holding, cancel)
             with chain.connect(holding) as monitor:
-                if merge_on(monitor, holding, chain.ROOT, upper, lower):
+                root = chain.root_of(holding, holding.runtime.offer)
+                if merge_on(monitor, holding, root, upper, lower):
                     return
         cancel.wait(POLL_S)
 
@@ -236,7 +245,8 @@ def _fold(holding: Holding, copying: Copying) -> None:
             log.warning("what was pulled of %s is not in its copy yet: %s", holding.uuid, error)
 
 
-def _await_fold(holding: Holding, cancel: threading.Event) -> None:
+def await_fold(holding: Holding, cancel: threading.Event) -> None:
+    """Wait until what the NAS has is in the base. Call it without the lock. Raises ``failed``, ``cancelled``."""
     while holding.known.proven:
         with holding.lock:
             _local(holding, cancel)

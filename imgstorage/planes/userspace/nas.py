@@ -37,7 +37,7 @@ from imgstorage.planes.common.targets.protocol import LUN, Offer, Seen
 from imgstorage.planes.common.targets.tgt import TgtTargets
 from imgstorage.planes.common.verbs import typed_errors
 from imgstorage.planes.common.versions import next_version, superseded
-from imgstorage.planes.userspace import images, returns, sidecar
+from imgstorage.planes.userspace import enlarge, images, returns, sidecar
 from imgstorage.planes.userspace.returns import Delta
 from imgstorage.planes.userspace.sidecar import Sidecar
 from imgstorage.planes.userspace.volumes import Volumes
@@ -140,6 +140,25 @@ class UserspaceNas:
             raise ImgStorageError("in_use", f"{volume} is being written to")
         images.dump(self._volumes, volume, path, self._settings.import_dirs, tell)
 
+    def grow(self, volume: Volume, size_bytes: int, grant: Grant | None = None, secret: str = "") -> Volume:
+        """As :meth:`NasPlane.grow`. Raises ``in_use`` for one that is exported and has no ``grant``."""
+        path, _ = self._volumes.present(volume)
+        if grant is None:
+            if any(target.path == str(path) for target in self._targets.seen()):
+                raise ImgStorageError("in_use", f"{volume} is exported")
+            return enlarge.enlarge(self._volumes, volume, size_bytes, written=False)
+        known = sidecar.load(path)
+        if grant.mode is not Mode.DIRECT:
+            raise ImgStorageError("not_allowed", f"{volume} is copied: it grows with what comes back")
+        if known is not None and known.stamp.generation != grant.generation:
+            raise self._stale(grant, known)
+        grown = enlarge.enlarge(self._volumes, volume, size_bytes, written=True)
+        self._writable(path)
+        iqn = names.target_name(grant.nas, volume.name, grant.generation, grant.container)
+        portal = self._portal(grant, iqn, "", secret, writable=True)
+        self._targets.renew(self._offer(grant, portal, path), secret)
+        return grown
+
     def trash(self, volume: Volume) -> None:
         """As :meth:`NasPlane.trash`. Raises ``in_use`` too while a verified delta waits to be applied."""
         path = self._volumes.path(volume)
@@ -178,8 +197,8 @@ class UserspaceNas:
         def check(seen: Sequence[Seen]) -> list[Seen]:
             return superseded(grant, iqn, [target for target in seen if target.path == str(path)])
 
-        if portal.writable and not known.opened:
-            sidecar.save(path, replace(known, opened=True))
+        if portal.writable:
+            self._writable(path)
         self._targets.offer(self._offer(grant, portal, path), secret, check)
         return portal
 
@@ -263,22 +282,24 @@ class UserspaceNas:
             self._based(grant, delta)
         return returns.verify(delta, digest)
 
-    def apply_return(self, grant: Grant, version: str) -> None:
+    def apply_return(self, grant: Grant, version: str) -> int:
         """As :meth:`NasPlane.apply_return`. Raises ``not_found`` if nothing was verified as that version."""
         path, _ = self._volumes.present(grant.volume)
         known = sidecar.load(path)
         done = known is not None and known.stamp.volume.version == version and not known.applying
         delta = next((one for one in returns.deltas(path) if one.record.version == version), None)
         if delta is None:
-            if done:
-                return
+            if done and known is not None:
+                return known.stamp.volume.size_bytes
             raise ImgStorageError("not_found", f"nothing was verified as version {version} of {grant.volume}")
         if not done:
             known = self._based(grant, delta)
             self._close(delta)
             self._targets.remove(lambda target: target.path == str(path))  # its readers would see a mixture
-            returns.apply(self._volumes, path, known, delta)
+            known = returns.apply(self._volumes, path, known, delta)
         returns.forget(delta)
+        assert known is not None  # noqa: S101  (that it is done stands in it)
+        return known.stamp.volume.size_bytes
 
     def drop_return(self, grant: Grant) -> None:
         """As :meth:`NasPlane.drop_return`. What was verified stays."""
@@ -293,10 +314,21 @@ class UserspaceNas:
         """File and sidecar of a volume that is the stamped version, and stamped for this grant."""
         path, known = self._volumes.checked(grant.volume)
         if known.stamp.generation != grant.generation:
-            raise ImgStorageError(
-                "stale_generation", f"{grant.volume} is granted as {known.stamp.generation}, not {grant.generation}"
-            )
+            raise self._stale(grant, known)
         return path, known
+
+    @staticmethod
+    def _stale(grant: Grant, known: Sidecar) -> ImgStorageError:
+        return ImgStorageError(
+            "stale_generation", f"{grant.volume} is granted as {known.stamp.generation}, not {grant.generation}"
+        )
+
+    @staticmethod
+    def _writable(path: Path) -> None:
+        """Record that a file may be written to, before a target allows it."""
+        known = sidecar.load(path)
+        if known is not None and not known.opened:
+            sidecar.save(path, replace(known, opened=True))
 
     def _based(self, grant: Grant, delta: Delta) -> Sidecar:
         """The sidecar of the volume, which must be the version that a delta is based on."""

@@ -51,7 +51,8 @@ METADATA_MIN_BYTES = 16 * MIB
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Return:
-    """One attempt of a way back. ``version`` and ``digest`` are "" until it is verified."""
+    """One attempt of a way back. ``version`` and ``digest`` are "" until it is verified; ``grown_bytes`` is the size
+    that the disk may have instead of the volume's (0: it may not)."""
 
     volume: Volume
     generation: Generation
@@ -60,6 +61,7 @@ class Return:
     base_version: str
     version: str = ""
     digest: str = ""
+    grown_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +145,7 @@ def prepare(volume_file: Path, base_version: str, grant: Grant, kind: ReturnKind
         kind=kind,
         attempt=attempt,
         base_version=base_version,
+        grown_bytes=grant.grown_bytes,
     )
     delta = Delta(record=record, path=path)
     files.write_json(delta.record_path, record)
@@ -150,7 +153,7 @@ def prepare(volume_file: Path, base_version: str, grant: Grant, kind: ReturnKind
     tmp.unlink(missing_ok=True)
     tmp.touch(mode=0o600)
     try:
-        set_size(tmp, scratch_bytes(volume.size_bytes), volume.pool)
+        set_size(tmp, scratch_bytes(max(volume.size_bytes, grant.grown_bytes)), volume.pool)
         files.fsync_file(tmp)
         files.rename_durably(tmp, path)
     finally:
@@ -171,7 +174,7 @@ def verify(delta: Delta, digest: str) -> str:
         header = qcow2.read_header(delta.path)
         qcow2.refuse_foreign(delta.path, header, allowed=qcow2.EXTENDED_L2)
         qcow2.refuse_cut_off(delta.path, header)
-        if header.virtual_bytes != record.volume.size_bytes:
+        if header.virtual_bytes not in (record.volume.size_bytes, record.grown_bytes or record.volume.size_bytes):
             raise ImgStorageError("bad_image", f"{delta.path} holds a disk of {header.virtual_bytes} bytes")
         check = qemu_img.check(delta.path)
         if not check.sound:
@@ -189,16 +192,19 @@ def verify(delta: Delta, digest: str) -> str:
     return version
 
 
-def apply(volumes: Volumes, volume_file: Path, known: Sidecar, delta: Delta) -> None:
-    """Write a verified delta into the volume; afterwards the stamp has its version. Raises ``no_space``."""
+def apply(volumes: Volumes, volume_file: Path, known: Sidecar, delta: Delta) -> Sidecar:
+    """Write a verified delta into the volume, which gets its size; returns the stamp, with its version. Raises
+    ``no_space``."""
     record = delta.record
     if not delta.path.exists():
         raise ImgStorageError("corrupt", f"{delta.path} was verified, and is gone")
-    size, used = os.stat(volume_file).st_size, os.stat(volume_file).st_blocks * 512
+    size, used = qcow2.read_header(delta.path).virtual_bytes, os.stat(volume_file).st_blocks * 512
     room = max(0, min(delta.path.stat().st_blocks * 512, size - used))
     need_space(volume_file.parent, room, f"writing back {record.volume}")
     if known.applying != record.version:
         sidecar.save(volume_file, replace(known, applying=record.version))
+    if size > os.stat(volume_file).st_size:
+        set_size(volume_file, size, record.volume.pool)
     below = qemu_img.node(volume_file, "raw")
     below.update({"discard": "unmap", "detect-zeroes": "unmap"})  # zeros the guest discarded become holes again
     qemu_img.commit(qemu_img.node(delta.path, "qcow2", backing=below))
@@ -206,6 +212,7 @@ def apply(volumes: Volumes, volume_file: Path, known: Sidecar, delta: Delta) -> 
     now = sidecar.identity(volume_file)
     if now is None or now.size_bytes != size:
         raise ImgStorageError("failed", f"{volume_file} changed its size while it was written")
-    volume = replace(known.stamp.volume, version=record.version, parent_version=record.base_version)
-    stamp = replace(known.stamp, volume=volume)
-    sidecar.save(volume_file, Sidecar(stamp=stamp, file=now))
+    volume = replace(known.stamp.volume, version=record.version, parent_version=record.base_version, size_bytes=size)
+    done = Sidecar(stamp=replace(known.stamp, volume=volume), file=now)
+    sidecar.save(volume_file, done)
+    return done

@@ -3,9 +3,10 @@
 ``<name>.raw`` has ``<name>.stamp``, a JSON file of :class:`Sidecar`. Rules
 
 * A stamp counts only for the file whose inode it names: a copy of both is not the volume.
-* At rest the file's size and mtime are those recorded, or somebody changed it. Two things may change it: a
-  writable export (``opened``, set before there is one), and what came back being applied (``applying`` is its
-  version).
+* At rest the file's size and mtime are those recorded, or somebody changed it. Three things may change it: a
+  writable export (``opened``, set before there is one), what came back being applied (``applying`` is its
+  version), and growing (``growing`` is the new size). Only the last two change its size.
+* Nobody is offered what a file has grown by before ``growing`` is over: a growth that was broken off is undone.
 * A new stamp never hides a change: it carries over what was recorded, unless the old stamp allowed writing.
 """
 
@@ -42,11 +43,12 @@ class Sidecar:
     file: Identity
     applying: str = ""
     opened: bool = False
+    growing: int = 0
 
     @property
     def may_change(self) -> bool:
         """Whether the file's bytes may legitimately change now."""
-        return bool(self.applying) or self.opened
+        return bool(self.applying) or self.opened or bool(self.growing)
 
 
 def stamp_path(volume_file: Path) -> Path:
@@ -81,9 +83,9 @@ def renewed(old: Sidecar, stamp: Stamp, now: Identity) -> Sidecar:
     A file that was exported writable under the old stamp is taken as it is, if it is still the same inode; else
     what was recorded stays recorded.
     """
-    seen = now if old.opened and not old.applying and now.inode == old.file.inode else old.file
+    seen = now if old.opened and not old.applying and not old.growing and now.inode == old.file.inode else old.file
     still = old.opened and stamp.generation == old.stamp.generation and stamp.mode is Mode.DIRECT
-    return Sidecar(stamp=stamp, file=seen, applying=old.applying, opened=still)
+    return Sidecar(stamp=stamp, file=seen, applying=old.applying, opened=still, growing=old.growing)
 
 
 def unrelated(old: Sidecar, stamp: Stamp) -> str:
@@ -98,7 +100,8 @@ def changed(sidecar: Sidecar, now: Identity) -> str:
     """Why the file is not what its stamp says, as a clause; "" if it is."""
     if sidecar.file.inode != now.inode:
         return "it is another file than the one that was stamped (restored or copied?)"
-    if sidecar.file.size_bytes != now.size_bytes:
+    larger = now.size_bytes == sidecar.growing or (sidecar.applying and now.size_bytes > sidecar.file.size_bytes)
+    if sidecar.file.size_bytes != now.size_bytes and not larger:
         return f"it has {now.size_bytes} bytes instead of {sidecar.file.size_bytes}"
     if not sidecar.may_change and sidecar.file.mtime_ns != now.mtime_ns:
         return "it was written to while nobody was allowed to"

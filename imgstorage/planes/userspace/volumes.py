@@ -19,7 +19,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imgstorage.core.errors import ImgStorageError
@@ -196,6 +196,8 @@ class Volumes:
             raise ImgStorageError(
                 "diverged", f"the file of {volume} is not version {known.stamp.volume.version}: {why}"
             )
+        if known.growing:
+            known = _as_before(path, known)
         if known.file.size_bytes != volume.size_bytes:
             raise ImgStorageError("diverged", f"{volume} has {now.size_bytes} bytes, not {volume.size_bytes}")
         if known.stamp.volume.version != volume.version and not any_version:
@@ -255,6 +257,16 @@ class Volumes:
                     sidecar.stamp_path(path).unlink(missing_ok=True)
                     count += 1
         return count
+
+
+def _as_before(path: Path, known: Sidecar) -> Sidecar:
+    """A growth was broken off: nobody was offered the new space."""
+    os.truncate(path, known.file.size_bytes)
+    files.fsync_file(path)
+    now = sidecar.identity(path)
+    known = replace(known, file=now or known.file, growing=0)
+    sidecar.save(path, known)
+    return known
 
 
 def free_bytes(folder: Path) -> int:
