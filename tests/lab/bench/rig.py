@@ -171,7 +171,7 @@ def rig(options: Options, say: Callable[[str], None]) -> Iterator[Rig]:
                 guest.run(["zpool", "create", "-f", "tank", "/dev/disk/by-id/virtio-tank"])
             cluster = Cluster(lab, folder / "here", environment(), log_level="debug")
             cluster.prepare(target=options.target)
-            cluster.begin()
+            cluster.begin({})
             try:
                 yield Rig(cluster, options, folder, say)
             except BaseException:
