@@ -20,7 +20,7 @@ SIZE_MIB = 128
 MEMORY_MIB = 192
 CONSOLE, SERIAL, FOLDER = "/var/log/vm.console", "/run/vm.serial", "/run/vm"
 BOOTS_WITHIN_S = 600.0
-COPY_SPEED = "256K"
+COPY_SPEED = "96K"
 """The copy is to last longer than the machine takes to start."""
 IMAGE = f"""
 mkdir -p /tmp/vm/boot /tmp/vm/data {IMAGES} && cp /boot/vmlinux /boot/initramfs /tmp/vm/boot &&
