@@ -25,7 +25,7 @@ from imgstorage.tools.run import spawn, start_time, wait_gone
 PROGRAM = "qemu-storage-daemon"
 START_TIMEOUT_S = 10.0
 QUIT_TIMEOUT_S = 20.0
-ACCEPTS = 0x10000
+ACCEPTS, UNCONNECTED = 0x10000, b"01"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,11 +106,15 @@ def launch(monitor: Path, log_file: Path) -> Daemon:
 def _listens(path: Path) -> bool:
     """Whether a unix socket takes connections (flag __SO_ACCEPTCON in /proc/net/unix, proc(5)).
 
-    The socket's file is there a little earlier, and a connection is for whoever has something to say.
+    The socket's file is there a little earlier, and a connection is for whoever has something to say. An earlier daemon
+    that is just ending may listen under the same name still, at a file that is gone: then all of that name have to.
     """
+    if not path.exists():
+        return False
     ending = b" " + os.fsencode(path)
     lines = Path("/proc/net/unix").read_bytes().split(b"\n")
-    return any(line.endswith(ending) and int(line.split()[3], 16) & ACCEPTS for line in lines)
+    unconnected = [line.split() for line in lines if line.endswith(ending) and line.split()[5] == UNCONNECTED]
+    return bool(unconnected) and all(int(words[3], 16) & ACCEPTS for words in unconnected)
 
 
 def _last_line(log_file: Path) -> str:
@@ -184,6 +188,9 @@ def exports(monitor: Monitor) -> list[str]:
 
 
 def nodes(monitor: Monitor) -> dict[str, dict[str, Any]]:
-    """The named nodes that exist, with what ``query-named-block-nodes`` says of each."""
+    """The named nodes that exist, with what ``query-named-block-nodes`` says of each.
+
+    Not while a job runs: QEMU 7.2 looks at a filter that a failing job is just taking away, and dies.
+    """
     found = monitor.command("query-named-block-nodes", {"flat": True})
     return {node["node-name"]: node for node in found}

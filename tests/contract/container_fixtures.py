@@ -248,16 +248,20 @@ class Writer:
         self.acknowledged = 0
         self.failures = 0
         self._stop = threading.Event()
+        self._may_go_on = threading.Event()
+        self._until: int | None = None
         self._random = random.Random(seed)
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def __enter__(self) -> Writer:
+        self.go_on()
         self._thread.start()
         wait_for(lambda: self.acknowledged > 0, "the first write")
         return self
 
     def __exit__(self, *what: object) -> None:
         self._stop.set()
+        self.go_on()
         self._thread.join(DEADLINE_S)
         assert not self._thread.is_alive(), "the writer hangs"
 
@@ -266,9 +270,22 @@ class Writer:
         wanted = self.acknowledged + count
         wait_for(lambda: self.acknowledged >= wanted, f"{count} more writes")
 
+    def only(self, count: int) -> None:
+        """Wait until so many more writes have been acknowledged, after which it pauses until ``go_on``."""
+        self._may_go_on.clear()
+        self._until = self.acknowledged + count
+        wait_for(lambda: self.acknowledged >= (self._until or 0), f"{count} more writes")
+
+    def go_on(self) -> None:
+        """No pause any more."""
+        self._until = None
+        self._may_go_on.set()
+
     def _work(self) -> None:
         guest: Guest | None = None
         while not self._stop.is_set():
+            if self._until is not None and self.acknowledged >= self._until:
+                self._may_go_on.wait()
             if guest is None:
                 try:
                     guest = self.world.breaker.guest(self.world.device().path)

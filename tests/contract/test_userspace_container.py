@@ -144,8 +144,9 @@ def test_a_pool_that_something_else_fills_at_once_fails_no_write(world: World, p
         writer.more(5)
         assert world.container.tend() == []
         filler = fill(pool)
-        writer.more(60)  # before anybody looks
+        writer.only(60)  # before anybody looks
         wait_for(lambda: "vol1 wait" in " ".join(world.container.tend()), "writes are held back")
+        writer.go_on()
         assert "tank" in world.device().note
         filler.unlink()
         wait_for(lambda: "again" in " ".join(world.container.tend()), "writes go on")

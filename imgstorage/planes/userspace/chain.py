@@ -204,8 +204,16 @@ def _numbered(name: str, offer: int) -> str:
 def hold_writes(monitor: Monitor, holding: Holding, *, back: bool) -> None:
     """Let guest writes wait, or go on. Only while the top layer of the record is in use."""
     group = HELD_BACK if back else FREE
-    roots = [name for name, node in storage_daemon.nodes(monitor).items() if node["drv"] == "throttle"]
-    monitor.command("blockdev-reopen", {"options": [throttle_node(holding, name, group) for name in roots]})
+    # The daemon is not asked which roots there are: QEMU 7.2 may die of query-named-block-nodes while a job ends.
+    now = throttle_node(holding, root_of(holding, holding.runtime.offer), group)
+    monitor.command("blockdev-reopen", {"options": [now]})
+    for offer in holding.runtime.old_offers:
+        try:
+            monitor.command("blockdev-reopen", {"options": [throttle_node(holding, root_of(holding, offer), group)]})
+        except MonitorLost:
+            raise
+        except ImgStorageError:
+            continue  # it is gone, and nobody writes to it
 
 
 def offer(monitor: Monitor, holding: Holding, node: str) -> None:
