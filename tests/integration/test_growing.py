@@ -164,11 +164,13 @@ def test_unmapped_at_once(cluster: Cluster, sync: str) -> None:
     assert_bytes(cluster, volume, image)
 
 
-EVERYDAY = ("nas", "container", "tgtd", "back", "front", "frontend", "broker")
+KINDS = ("nas", "container", "tgtd", "back", "front", "frontend", "broker")
+EVERYDAY = [("no", kind) for kind in KINDS[::2]] + [("yes", kind) for kind in KINDS[1::2]]
+"""Each kind in one of the modes; ``IMGSTORAGE_TEST_MATRIX=1``: in both."""
+MATRIX = [(sync, kind) for sync in MODES for kind in KINDS]
 
 
-@pytest.mark.parametrize("kind", EVERYDAY)
-@pytest.mark.parametrize("sync", MODES)
+@pytest.mark.parametrize(("sync", "kind"), MATRIX if os.environ.get("IMGSTORAGE_TEST_MATRIX") else EVERYDAY)
 def test_killed_while_it_grows(cluster: Cluster, sync: str, kind: str) -> None:
     volume, image = mapped(cluster, sync)
     if kind == "front" and cluster.storage_daemon("front", volume, FAST) is None:
