@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imgstorage.core.errors import ImgStorageError
+from imgstorage.tools.durable import fsync_dir, fsync_file
 from imgstorage.tools.run import run
 
 OWN_FAILURE = 255
@@ -178,14 +179,6 @@ def _any(texts: Sequence[str], lines: Sequence[str]) -> bool:
 # -- verbs --------------------------------------------------------------------------------------------------
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def ensure_key(path: Path, comment: str) -> str:
     """Make a key pair unless it is there; returns its public key as one line. Safe to repeat and to interrupt.
 
@@ -200,9 +193,9 @@ def ensure_key(path: Path, comment: str) -> str:
         public = checked_public_key(half.read_text())
         half.unlink()
         os.chmod(fresh, 0o600)
-        _sync(fresh)  # else a power cut leaves an empty file under the right name (ext4)
+        fsync_file(fresh)  # else a power cut leaves an empty file under the right name (ext4)
         os.replace(fresh, path)
-        _sync(path.parent)
+        fsync_dir(path.parent)
         return public
     os.chmod(path, 0o600)
     result = run(public_key_argv(path), check=False)

@@ -21,30 +21,13 @@ from typing import Any, TypeVar
 import msgspec
 
 from imgstorage.core.errors import ImgStorageError
+from imgstorage.tools.durable import fsync_dir
 
 T = TypeVar("T")
 
 TMP_PREFIX = ".tmp-"
 LOCK_POLL_S = 0.01
 SPARE_BYTES = 16384
-
-
-def fsync_dir(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def fsync_file(path: Path) -> None:
-    """Make a file's bytes and size durable, whoever wrote them."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def write_durably(path: Path, data: bytes, *, mode: int = 0o600) -> None:

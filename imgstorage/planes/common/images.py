@@ -26,7 +26,7 @@ from imgstorage.core.mapping import Volume
 from imgstorage.core.names import SECTOR_BYTES, check_size
 from imgstorage.core.ports import CopyState, ImageInfo, Progress, Tell
 from imgstorage.planes.common import files
-from imgstorage.tools import qcow2, qemu_img
+from imgstorage.tools import durable, qcow2, qemu_img
 
 TELL_EVERY_S = 0.5
 
@@ -159,7 +159,7 @@ def appearing(target: Path) -> Iterator[Path]:
     try:
         tmp.touch(mode=0o600, exist_ok=False)  # a guest's data: qemu-img leaves the mode of a file that is there
         yield tmp
-        files.fsync_file(tmp)
+        durable.fsync_file(tmp)
         os.link(tmp, target)  # unlike a rename it never replaces a file that appeared meanwhile
     except FileExistsError:
         raise ImgStorageError("exists", f"{target} exists already") from None
@@ -168,7 +168,7 @@ def appearing(target: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             tmp.unlink()
-        files.fsync_dir(target.parent)
+        durable.fsync_dir(target.parent)
 
 
 @contextlib.contextmanager

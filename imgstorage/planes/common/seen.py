@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imgstorage.core.errors import ImgStorageError
-from imgstorage.core.mapping import Generation, Volume
+from imgstorage.core.mapping import Generation, Held, Volume
 from imgstorage.core.names import VolumeUuid
 from imgstorage.planes.common import files
 
@@ -58,6 +58,16 @@ class Ledger:
         """Whether this generation was attached and never let go: there must be a record of it."""
         seen = self.of(volume)
         return seen is not None and seen.generation == generation and not seen.closed
+
+    def never_attached(self, volume: VolumeUuid, generation: Generation, host: str) -> Held:
+        """The answer of a host that has no record of a grant; durable: it was let go. Raises ``lost_copy`` if there
+        must have been a record."""
+        if self.missing(volume, generation):
+            raise ImgStorageError(
+                "lost_copy", f"volume {volume} was attached here under {generation}; its copy is not there", host=host
+            )
+        self.close(volume, generation)
+        return Held.NOTHING
 
     def refuse_old(self, volume: Volume, generation: Generation, host: str) -> None:
         """Raise ``stale_generation`` for a grant that is not newer than what was met, or was let go."""

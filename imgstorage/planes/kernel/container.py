@@ -15,6 +15,7 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Held, Mode, Volume
 from imgstorage.core.names import PoolName, VolumeUuid
 from imgstorage.core.ports import Device, Grant, HeldCopy, Pool, Progress, ReturnPort
+from imgstorage.planes.common import refusals
 from imgstorage.planes.common.seen import Ledger
 from imgstorage.planes.kernel import (
     caches,
@@ -254,13 +255,14 @@ class KernelContainer:
         holding = self._known.get(volume)
         known = holding.record if holding else None
         if holding is None or known is None or known.grant.generation.counter < generation.counter:
-            return self._never_attached(volume, generation)
+            self._known.refuse_unknown(volume)
+            return self._ledger.never_attached(volume, generation, self._settings.host)
         if known.grant.generation != generation:
-            raise self._known.stale(known, generation)
+            raise refusals.another_generation(known.name, known.grant.generation, generation, self._settings.host)
         if known.phase not in (*OFFERED, CopyPhase.PREPARING):
             return known.held
         if not force and (found := self._openers(holding)):
-            raise self._in_use(known, found)
+            raise refusals.held_open(known.name, found, self._settings.host)
         hydrate.cancel(holding)
         sendback.cancel(holding)
         with holding.lock:
@@ -296,30 +298,10 @@ class KernelContainer:
         except ImgStorageError as error:
             if error.code != "in_use":
                 raise
-            raise self._in_use(holding.known, self._openers(holding) or ["a program that has just opened it"]) from None
+            raise refusals.held_open(
+                holding.known.name, self._openers(holding) or ["a program that has just opened it"], self._settings.host
+            ) from None
         holding.held_back = False
-
-    def _never_attached(self, volume: VolumeUuid, generation: Generation) -> Held:
-        """The answer for a grant of which no record is here. Raises ``lost_copy`` if there must have been one, or
-        ``failed`` if not everything here can be read.
-        """
-        self._known.refuse_unknown(volume)
-        if self._ledger.missing(volume, generation):
-            raise ImgStorageError(
-                "lost_copy",
-                f"volume {volume} was attached here under {generation}; its copy is not there",
-                host=self._settings.host,
-            )
-        self._ledger.close(volume, generation)
-        return Held.NOTHING
-
-    def _in_use(self, known: CopyRecord, found: Sequence[str]) -> ImgStorageError:
-        return ImgStorageError(
-            "in_use",
-            f"{known.name} is held open by {', '.join(found)}",
-            host=self._settings.host,
-            hint="end it, or use force=yes to cut it off",
-        )
 
     def release(self, volume: VolumeUuid, generation: Generation, version: str) -> None:
         """See the protocol."""

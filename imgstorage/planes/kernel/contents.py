@@ -16,11 +16,11 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Volume
 from imgstorage.core.names import format_size
 from imgstorage.core.ports import ImageInfo, Tell
-from imgstorage.planes.common import files, images
+from imgstorage.planes.common import images
 from imgstorage.planes.kernel import layout
 from imgstorage.planes.kernel.trash import destroy_new
 from imgstorage.planes.kernel.volumes import Volumes
-from imgstorage.tools import qemu_img
+from imgstorage.tools import durable, qemu_img
 from imgstorage.tools.zfs import datasets, properties
 
 
@@ -34,7 +34,7 @@ def fill(volumes: Volumes, volume: Volume, image: ImageInfo, folders: Sequence[P
         device = volumes.device(new, volume.size_bytes).path
         with images.watched(lambda: properties.dataset(new).referenced_bytes, source.data_bytes, tell):
             qemu_img.fill(source.node, device)
-        files.fsync_file(device)
+        durable.fsync_file(device)
 
 
 def dump(volumes: Volumes, volume: Volume, path: str, folders: Sequence[Path], tell: Tell) -> None:

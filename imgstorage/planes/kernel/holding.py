@@ -11,7 +11,7 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Mode
 from imgstorage.core.names import VolumeUuid
 from imgstorage.core.ports import CopyState, Portal, Progress
-from imgstorage.planes.common import files
+from imgstorage.planes.common import files, refusals
 from imgstorage.planes.kernel import device, layout, record, zvols
 from imgstorage.planes.kernel.container_settings import ContainerSettings
 from imgstorage.planes.kernel.record import CopyPhase, CopyRecord
@@ -65,7 +65,7 @@ class Holding:
     def known(self) -> CopyRecord:
         """The record. Raises ``lost_copy`` if there is none."""
         if self.record is None:
-            raise ImgStorageError("lost_copy", f"nothing of volume {self.uuid} is here", host=self.settings.host)
+            raise refusals.nothing_here(self.uuid, self.settings.host)
         return self.record
 
     @property

@@ -11,10 +11,11 @@ import threading
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Mode, Volume
 from imgstorage.core.names import PoolName, VolumeUuid, volume_uuid
+from imgstorage.planes.common import refusals
 from imgstorage.planes.kernel import caches, device, record, zvols
 from imgstorage.planes.kernel.container_settings import ContainerSettings
 from imgstorage.planes.kernel.holding import Holding
-from imgstorage.planes.kernel.record import CopyPhase, CopyRecord
+from imgstorage.planes.kernel.record import CopyPhase
 
 
 class Known:
@@ -63,21 +64,14 @@ class Known:
         holding = self.get(volume)
         if holding is None:
             self.refuse_unknown(volume)
-            raise ImgStorageError("lost_copy", f"nothing of volume {volume} is here", host=self._settings.host)
+            raise refusals.nothing_here(volume, self._settings.host)
         if holding.known.grant.generation != generation:
-            raise self.stale(holding.known, generation)
+            known = holding.known
+            raise refusals.another_generation(known.name, known.grant.generation, generation, self._settings.host)
         if holding.known.pool is not None and str(holding.known.pool) in self.unknown:
             self.read()
             zvols.require_pool(holding.known)
         return holding
-
-    def stale(self, known: CopyRecord, asked: Generation) -> ImgStorageError:
-        """The error for another generation."""
-        return ImgStorageError(
-            "stale_generation",
-            f"{known.name} is here under {known.grant.generation}, not {asked}",
-            host=self._settings.host,
-        )
 
     # -- refusals -------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from imgstorage.planes.common.names import initiator_name
 from imgstorage.planes.userspace import layout, state
 from imgstorage.planes.userspace.holding import Holding
 from imgstorage.planes.userspace.state import CopyPhase
-from imgstorage.tools import qemu_img, storage_daemon
+from imgstorage.tools import durable, qemu_img, storage_daemon
 from imgstorage.tools.qmp import Monitor, MonitorLost, check_socket_path
 from imgstorage.tools.run import run
 from imgstorage.tools.storage_daemon import qcow2_node
@@ -126,8 +126,8 @@ def make_layer(monitor: Monitor, holding: Holding, path: Path, size_bytes: int =
         format_qcow2(monitor, "new", size_bytes or holding.known.grant.volume.size_bytes, ("below", "raw"))
     finally:
         monitor.command("blockdev-del", {"node-name": "new"})
-    files.fsync_file(path)
-    files.fsync_dir(holding.folder)
+    durable.fsync_file(path)
+    durable.fsync_dir(holding.folder)
 
 
 def overlay_node(holding: Holding, below: str | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Held, Mode, Volume
 from imgstorage.core.names import PoolName, VolumeName, VolumeUuid
 from imgstorage.core.ports import Device, Grant, HeldCopy, Pool, Progress, ReturnPort
-from imgstorage.planes.common import files, openers
+from imgstorage.planes.common import openers, refusals
 from imgstorage.planes.common.seen import Ledger
 from imgstorage.planes.common.verbs import typed_errors
 from imgstorage.planes.userspace import (
@@ -38,6 +38,7 @@ from imgstorage.planes.userspace import (
 from imgstorage.planes.userspace.holding import Copying, Holding
 from imgstorage.planes.userspace.settings import ContainerSettings
 from imgstorage.planes.userspace.state import CopyPhase, CopyRecord
+from imgstorage.tools import durable
 
 log = logging.getLogger(__name__)
 
@@ -131,17 +132,12 @@ class UserspaceContainer:
         holding = self._holdings.get(volume)
         if holding is None or holding.record is None:
             self._refuse_unknown(volume)
-            raise ImgStorageError("lost_copy", f"nothing of volume {volume} is here", host=self._settings.host)
+            raise refusals.nothing_here(volume, self._settings.host)
         if holding.record.grant.generation != generation:
-            raise self._stale(holding.record, generation)
+            raise refusals.another_generation(
+                holding.record.grant.volume.name, holding.record.grant.generation, generation, self._settings.host
+            )
         return holding
-
-    def _stale(self, record: CopyRecord, asked: Generation) -> ImgStorageError:
-        return ImgStorageError(
-            "stale_generation",
-            f"{record.grant.volume.name} is here under {record.grant.generation}, not {asked}",
-            host=self._settings.host,
-        )
 
     def pools(self) -> Sequence[Pool]:
         """See the protocol."""
@@ -330,19 +326,30 @@ class UserspaceContainer:
         holding = self._holdings.get(volume)
         record = holding.record if holding else None
         if holding is None or record is None or record.grant.generation.counter < generation.counter:
-            return self._never_attached(volume, generation)
+            self._refuse_unknown(volume)
+            return self._ledger.never_attached(volume, generation, self._settings.host)
         if record.grant.generation != generation:
-            raise self._stale(record, generation)
+            raise refusals.another_generation(
+                record.grant.volume.name, record.grant.generation, generation, self._settings.host
+            )
         if record.phase not in (*state.OFFERED, CopyPhase.PREPARING):
             return record.held
         sendback.cancel(holding)  # a pull: nobody waits for it any more
         if not force and (found := self._openers(holding)):
-            raise self._in_use(record, found)
+            raise refusals.held_open(record.grant.volume.name, found, self._settings.host)
         with holding.lock:
             if not front.close_front(holding, force=force):
-                raise self._in_use(record, self._openers(holding) or ["the kernel (a mount or a loop device)"])
+                raise refusals.held_open(
+                    record.grant.volume.name,
+                    self._openers(holding) or ["the kernel (a mount or a loop device)"],
+                    self._settings.host,
+                )
             if not force and not chain.withdraw(holding):
-                raise self._in_use(record, self._openers(holding) or ["a program that has just opened it"])
+                raise refusals.held_open(
+                    record.grant.volume.name,
+                    self._openers(holding) or ["a program that has just opened it"],
+                    self._settings.host,
+                )
             hydrate.cancel(holding)
             holding.folding.cancel.set()
             chain.end_back(holding)
@@ -352,24 +359,10 @@ class UserspaceContainer:
                 return Held.NOTHING
             for layer in holding.layers:
                 window.give_back(layer)
-                files.fsync_file(layer)
+                durable.fsync_file(layer)
             holding.ready_of = None
             holding.returning = Copying()
             return holding.advance(CopyPhase.RETURNING, attempt=0, digest="", sent_base="", switching=False).held
-
-    def _never_attached(self, volume: VolumeUuid, generation: Generation) -> Held:
-        """The answer for a grant of which no record is here. Raises ``lost_copy`` if there must have been one, or
-        if not everything here can be read.
-        """
-        self._refuse_unknown(volume)
-        if self._ledger.missing(volume, generation):
-            raise ImgStorageError(
-                "lost_copy",
-                f"volume {volume} was attached here under {generation}; its copy is not there",
-                host=self._settings.host,
-            )
-        self._ledger.close(volume, generation)
-        return Held.NOTHING
 
     def _refuse_unknown(self, volume: VolumeUuid) -> None:
         """Raise ``failed`` if not everything here can be read: a pool that is away has lost nothing."""
@@ -379,14 +372,6 @@ class UserspaceContainer:
             raise ImgStorageError(
                 "failed", f"what is here of volume {volume} is not known: {where}: {why}", host=self._settings.host
             )
-
-    def _in_use(self, record: CopyRecord, found: Sequence[str]) -> ImgStorageError:
-        return ImgStorageError(
-            "in_use",
-            f"{record.grant.volume.name} is held open by {', '.join(found)}",
-            host=self._settings.host,
-            hint="end it, or use force=yes to cut it off",
-        )
 
     def release(self, volume: VolumeUuid, generation: Generation, version: str) -> None:
         """See the protocol."""

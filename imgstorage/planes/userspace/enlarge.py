@@ -11,11 +11,11 @@ from pathlib import Path
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Volume
-from imgstorage.planes.common import files
 from imgstorage.planes.common.versions import grown_version
 from imgstorage.planes.userspace import returns, sidecar
 from imgstorage.planes.userspace.sidecar import Sidecar
 from imgstorage.planes.userspace.volumes import Volumes, set_size
+from imgstorage.tools import durable
 
 
 def enlarge(volumes: Volumes, volume: Volume, size_bytes: int, *, written: bool) -> Volume:
@@ -51,7 +51,7 @@ def _grow(path: Path, known: Sidecar, grown: Volume) -> None:
     except ImgStorageError:
         sidecar.save(path, known)
         raise
-    files.fsync_file(path)
+    durable.fsync_file(path)
     now = sidecar.identity(path)
     if now is None or (now.inode, now.size_bytes) != (known.file.inode, grown.size_bytes):
         raise ImgStorageError("failed", f"{path} came out otherwise: {now}")

@@ -23,13 +23,13 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Mode
 from imgstorage.core.names import VolumeUuid
 from imgstorage.core.ports import Progress
-from imgstorage.planes.common import files
+from imgstorage.planes.common import files, refusals
 from imgstorage.planes.common.verbs import of_system
 from imgstorage.planes.userspace import state
 from imgstorage.planes.userspace.settings import ContainerSettings
 from imgstorage.planes.userspace.state import CopyPhase, CopyRecord
 from imgstorage.planes.userspace.wire import Meter
-from imgstorage.tools import storage_daemon
+from imgstorage.tools import durable, storage_daemon
 from imgstorage.tools.storage_daemon import Daemon
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class Holding:
     def known(self) -> CopyRecord:
         """The record. Raises ``lost_copy`` if there is none."""
         if self.record is None:
-            raise ImgStorageError("lost_copy", f"nothing of volume {self.uuid} is here", host=self.settings.host)
+            raise refusals.nothing_here(self.uuid, self.settings.host)
         return self.record
 
     @property
@@ -174,7 +174,7 @@ class Holding:
         if not self.folder.is_dir():
             self.folder.mkdir(mode=0o700, parents=True)
             (self.folder.parent / state.TRASH_FOLDER).mkdir(mode=0o700, exist_ok=True)  # later there may be no room
-            files.fsync_dir(self.folder.parent)
+            durable.fsync_dir(self.folder.parent)
         self.record = state.save(self.folder, self.record, record)
 
     def set_runtime(self, **changes: Any) -> None:

@@ -19,11 +19,10 @@ from collections.abc import Sequence
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.ports import CopyState, Progress
-from imgstorage.planes.common import files
 from imgstorage.planes.userspace import chain, layout, state
 from imgstorage.planes.userspace.holding import Copying, Holding
 from imgstorage.planes.userspace.state import CopyPhase
-from imgstorage.tools import qemu_img, storage_daemon
+from imgstorage.tools import durable, qemu_img, storage_daemon
 from imgstorage.tools.qmp import Monitor
 from imgstorage.tools.run import run
 from imgstorage.tools.storage_daemon import Job
@@ -243,8 +242,8 @@ def settle(holding: Holding) -> Progress:
                     start(holding)
                     now = progress(holding)
                 return now
-            files.fsync_file(holding.base)
-            files.fsync_dir(holding.folder)
+            durable.fsync_file(holding.base)
+            durable.fsync_dir(holding.folder)
             holding.advance(
                 CopyPhase.LOCAL,
                 base_complete=True,

@@ -29,7 +29,7 @@ from imgstorage.planes.common.versions import next_version
 from imgstorage.planes.userspace import chain, state, window
 from imgstorage.planes.userspace.holding import Copying, Holding
 from imgstorage.planes.userspace.state import CopyPhase
-from imgstorage.tools import storage_daemon
+from imgstorage.tools import durable, storage_daemon
 from imgstorage.tools.qmp import Monitor, MonitorLost
 from imgstorage.tools.storage_daemon import qcow2_node
 
@@ -176,8 +176,8 @@ def _unused(monitor: Monitor, node: str) -> bool:
 def merged(holding: Holding, phase: CopyPhase) -> None:
     """The second layer is in the lowest one: durably, then the record, then its file goes."""
     lowest, upper = holding.layers[:2]
-    files.fsync_file(lowest)
-    files.fsync_dir(holding.folder)
+    durable.fsync_file(lowest)
+    durable.fsync_dir(holding.folder)
     names = holding.known.layers
     holding.advance(phase, layers=(names[0], *names[2:]))
     files.remove_durably(upper)
@@ -186,8 +186,8 @@ def merged(holding: Holding, phase: CopyPhase) -> None:
 def folded(holding: Holding, phase: CopyPhase) -> None:
     """The lowest layer is in the base: durably, then the record, then its file goes."""
     lowest = holding.layers[0]
-    files.fsync_file(holding.base)
-    files.fsync_dir(holding.folder)
+    durable.fsync_file(holding.base)
+    durable.fsync_dir(holding.folder)
     holding.advance(phase, layers=holding.known.layers[1:], proven=False, boot_id=state.current_boot_id())
     files.remove_durably(lowest)
 

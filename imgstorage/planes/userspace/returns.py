@@ -36,7 +36,7 @@ from imgstorage.planes.userspace import sidecar
 from imgstorage.planes.userspace.digest import layer_digest
 from imgstorage.planes.userspace.sidecar import Sidecar
 from imgstorage.planes.userspace.volumes import Volumes, need_space, set_size
-from imgstorage.tools import qcow2, qemu_img
+from imgstorage.tools import durable, qcow2, qemu_img
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def prepare(volume_file: Path, base_version: str, grant: Grant, kind: ReturnKind
     tmp.touch(mode=0o600)
     try:
         set_size(tmp, scratch_bytes(max(volume.size_bytes, grant.grown_bytes)), volume.pool)
-        files.fsync_file(tmp)
+        durable.fsync_file(tmp)
         files.rename_durably(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
@@ -169,8 +169,8 @@ def verify(delta: Delta, digest: str) -> str:
             raise ImgStorageError("verify_failed", f"{delta.path} was verified with another digest")
         return record.version
     try:
-        files.fsync_file(delta.path)
-        files.fsync_dir(delta.path.parent)
+        durable.fsync_file(delta.path)
+        durable.fsync_dir(delta.path.parent)
         header = qcow2.read_header(delta.path)
         qcow2.refuse_foreign(delta.path, header, allowed=qcow2.EXTENDED_L2)
         qcow2.refuse_cut_off(delta.path, header)
@@ -208,7 +208,7 @@ def apply(volumes: Volumes, volume_file: Path, known: Sidecar, delta: Delta) -> 
     below = qemu_img.node(volume_file, "raw")
     below.update({"discard": "unmap", "detect-zeroes": "unmap"})  # zeros the guest discarded become holes again
     qemu_img.commit(qemu_img.node(delta.path, "qcow2", backing=below))
-    files.fsync_file(volume_file)
+    durable.fsync_file(volume_file)
     now = sidecar.identity(volume_file)
     if now is None or now.size_bytes != size:
         raise ImgStorageError("failed", f"{volume_file} changed its size while it was written")

@@ -30,6 +30,7 @@ from imgstorage.planes.common import files
 from imgstorage.planes.common.versions import older
 from imgstorage.planes.userspace import sidecar
 from imgstorage.planes.userspace.sidecar import VOLUME_SUFFIX, Identity, Sidecar
+from imgstorage.tools import durable
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ class Volumes:
         try:
             tmp.touch(mode=0o600, exist_ok=False)
             yield tmp
-            files.fsync_file(tmp)
+            durable.fsync_file(tmp)
             made = sidecar.identity(tmp)
             if made is None or made.size_bytes != volume.size_bytes:
                 raise ImgStorageError("failed", f"{volume} came out with another size: {made}")
@@ -233,7 +234,7 @@ class Volumes:
         """Move a volume's file, or one that belongs to it, into the trash."""
         folder = path.parent / TRASH
         folder.mkdir(mode=0o700, exist_ok=True)
-        files.fsync_dir(path.parent)
+        durable.fsync_dir(path.parent)
         now = int(time.time())
         while (folder / (name := f"{volume.name}.{volume.uuid}.{now}{suffix}")).exists():
             now += 1
@@ -262,7 +263,7 @@ class Volumes:
 def _as_before(path: Path, known: Sidecar) -> Sidecar:
     """A growth was broken off: nobody was offered the new space."""
     os.truncate(path, known.file.size_bytes)
-    files.fsync_file(path)
+    durable.fsync_file(path)
     now = sidecar.identity(path)
     known = replace(known, file=now or known.file, growing=0)
     sidecar.save(path, known)

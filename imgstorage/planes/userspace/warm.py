@@ -17,7 +17,7 @@ from imgstorage.planes.common import files
 from imgstorage.planes.userspace import care, state
 from imgstorage.planes.userspace.holding import Holding
 from imgstorage.planes.userspace.state import CopyPhase, CopyRecord
-from imgstorage.tools import qemu_img
+from imgstorage.tools import durable, qemu_img
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def finish_release(holding: Holding) -> None:
             log.warning("the copy of %s is not kept as a cache: %s", record.grant.volume.name, error)
             holding.drop()
             return
-        files.fsync_file(holding.base)
+        durable.fsync_file(holding.base)
         files.remove_durably(holding.overlay)
     holding.advance(CopyPhase.CACHE, digest="", attempt=0, sent_base="", layers=(state.OVERLAY_FILE,), point=0)
     shutil.rmtree(holding.run_folder, ignore_errors=True)  # a cache is served by nobody
