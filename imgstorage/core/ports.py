@@ -19,7 +19,7 @@ qemu-storage-daemon) and ``planes/kernel`` (zvols, tgt or LIO, open-iscsi, devic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -425,6 +425,10 @@ class ContainerPlane(Protocol):
 
     def devices(self) -> Sequence[Device]:
         """The devices that exist now, with their live figures."""
+        ...
+
+    def waiting(self) -> Mapping[VolumeUuid, str]:
+        """Why the writes to a device wait, for each that has to; asked all the time, so it starts no program."""
         ...
 
     def tend(self) -> Sequence[str]:

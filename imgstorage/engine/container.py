@@ -124,7 +124,7 @@ class ContainerEngine:
     def _tell_waiting(self) -> None:
         """Tell each NAS which devices' writes wait, again and again while they do, and when they go on."""
         now = self._clock.now()
-        notes = {device.volume: device.note for device in self._plane.devices() if device.note}
+        notes = self._plane.waiting()
         for volume in {*notes, *self._waiting}:
             said, at = self._waiting.get(volume, ("", 0.0))
             note = notes.get(volume, "")

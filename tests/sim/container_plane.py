@@ -6,7 +6,7 @@ the daemon does; in direct mode, and for what is not copied yet, it needs the NA
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from imgstorage.core.errors import ImgStorageError
@@ -316,6 +316,9 @@ class MemoryContainer:
 
     def devices(self) -> Sequence[Device]:
         return [self._device(copy) for copy in self._disk.copies.values() if copy.offered]
+
+    def waiting(self) -> Mapping[VolumeUuid, str]:
+        return {device.volume: device.note for device in self.devices() if device.note}
 
     def _device(self, copy: Copy) -> Device:
         volume = copy.grant.volume

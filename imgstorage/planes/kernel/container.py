@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from imgstorage.core.errors import ImgStorageError
@@ -336,6 +336,10 @@ class KernelContainer:
     def devices(self) -> Sequence[Device]:
         """See the protocol."""
         return [show.device(holding) for holding in self._known.all() if holding.known.phase in OFFERED]
+
+    def waiting(self) -> Mapping[VolumeUuid, str]:
+        """See the protocol. A device that is held back goes on by itself, into its merge."""
+        return {}
 
     def tend(self) -> Sequence[str]:
         """See the protocol."""

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -407,6 +407,11 @@ class UserspaceContainer:
         """See the protocol."""
         return [self._device(holding) for holding in self._all() if holding.known.phase in state.OFFERED]
 
+    def waiting(self) -> Mapping[VolumeUuid, str]:
+        """See the protocol."""
+        offered = (holding for holding in self._all() if holding.known.phase in state.OFFERED)
+        return {holding.uuid: _why_it_waits(holding) for holding in offered if holding.paused}
+
     def _device(self, holding: Holding) -> Device:
         record = holding.known
         volume = record.grant.volume
@@ -426,7 +431,7 @@ class UserspaceContainer:
             generation=record.grant.generation,
             nas=record.grant.nas,
             pool=volume.pool,
-            note=f"pool {record.pool} is full: writes wait" if holding.paused else "",
+            note=_why_it_waits(holding) if holding.paused else "",
         )
 
     def tend(self) -> Sequence[str]:
@@ -447,3 +452,7 @@ class UserspaceContainer:
         fresh = [text for key, text in said.items() if text and text != self._said.get(key)]
         self._said = said
         return fresh
+
+
+def _why_it_waits(holding: Holding) -> str:
+    return f"pool {holding.known.pool} is full: writes wait"
