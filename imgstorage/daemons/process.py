@@ -167,8 +167,8 @@ def _log_to(config: DaemonConfig) -> None:
     root = logging.getLogger()
     root.handlers[:] = [logs.handler(config.log_file)]
     root.setLevel(config.log_level.upper())
-    for noisy in ("pika", "qemu"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    for noisy in ("pika", "qemu"):  # pika logs seven errors for one connection that is refused; the bus says it once
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
 def _serve(program: Program, config: DaemonConfig, pid_file: Path | None) -> int:

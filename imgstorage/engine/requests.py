@@ -30,7 +30,7 @@ from imgstorage.core.messages import (
     decode,
     encode,
 )
-from imgstorage.core.names import PoolName, VolumeName, check_size, format_size
+from imgstorage.core.names import OpId, PoolName, VolumeName, check_size, format_size
 from imgstorage.core.operations import Kind, Operation
 from imgstorage.core.ports import NasPlane
 from imgstorage.core.post import Letter
@@ -71,6 +71,9 @@ class Requests:
         if self._clock.now() > request.expires_at:
             raise ImgStorageError("expired", "the request waited too long on its way and was not begun",
                                   hint="type the command again")  # fmt: skip
+        same = None if isinstance(request, (UnmapZvol, PullZvol)) else self._under_way(request)
+        if same is not None:
+            return OperationAnswer(operation=same, repeated=True)
         match request:
             case MapZvol():
                 return self._accept_map(request)
@@ -170,9 +173,6 @@ class Requests:
 
     def _accept_grow(self, request: GrowZvol) -> Message:
         check_size(request.size_bytes)
-        same = self._same_growth(request)
-        if same is not None:
-            return OperationAnswer(operation=same, repeated=True)
         self._not_reserved(request.pool, request.volume)
         volume = self._records.volume_at(request.pool, request.volume)
         if volume is None:
@@ -218,21 +218,10 @@ class Requests:
             raise ImgStorageError("no_space", f"pool {pool} has {format_size(whole)} in all: no volume of "
                                   f"{format_size(size_bytes)} fits")  # fmt: skip
 
-    def _same_growth(self, request: GrowZvol) -> Operation | None:
-        """The operation that grows the same unmapped volume to the same size just now."""
-        op = self._jobs.owner(request.pool, request.volume)
-        body = self._records.request(op) if op is not None else b""
-        if op is None or not body:
-            return None
-        before = decode(body)
-        same = isinstance(before, GrowZvol) and before.size_bytes == request.size_bytes
-        operation = self._book.find(op) if same else None
-        return operation if operation is not None and not operation.ended else None
-
     def _accept_add(self, request: AddZvol) -> Message:
-        same = self._same_import(request)
-        if same is not None:
-            return OperationAnswer(operation=same, repeated=True)
+        imported = self._imported(request)
+        if imported is not None:
+            return OperationAnswer(operation=imported, repeated=True)
         self._not_reserved(request.pool, request.volume)
         if (request.image is None) == (request.size_bytes is None):
             raise ImgStorageError("usage", "give either a size or an image")
@@ -251,21 +240,13 @@ class Requests:
         self._pool(request.pool)
         return self._accepted(Kind.ADD if request.image is None else Kind.IMPORT, request)
 
-    def _same_import(self, request: AddZvol) -> Operation | None:
-        """The operation that imports the same file into the same volume, or made the volume that is there of it."""
+    def _imported(self, request: AddZvol) -> Operation | None:
+        """The operation that made the volume that is there of the same file."""
         there = self._records.volume_at(request.pool, request.volume)
-        op = self._jobs.owner(request.pool, request.volume)
-        if op is None and there is not None and there.state is VolumeState.READY:
-            op = self._records.imported(request.pool, request.volume)
-        body = self._records.request(op) if op is not None and request.image is not None else b""
-        if op is None or not body:
+        if request.image is None or there is None or there.state is not VolumeState.READY:
             return None
-        try:
-            before = decode(body)
-        except ImgStorageError:  # an earlier version wrote it
-            return None
-        same = isinstance(before, AddZvol) and before.image == request.image and request.size_bytes is None
-        return self._book.find(op) if same else None
+        op = self._records.imported(request.pool, request.volume)
+        return self._book.find(op) if op is not None and self._asks_the_same(op, request) else None
 
     def _accept_delete(self, request: DelZvol) -> Message:
         self._not_reserved(request.pool, request.volume)
@@ -333,6 +314,22 @@ class Requests:
             raise ImgStorageError("busy", f"{pool}/{name} belongs to {owner} ({kind}) since {since}",
                                   hint=f"imgstorage show operation {owner}")  # fmt: skip
 
+    def _under_way(self, request: Job) -> Operation | None:
+        """The operation that does the same just now, and has the volume's name reserved: it is joined."""
+        op = self._jobs.owner(request.pool, request.volume)
+        operation = self._book.find(op) if op is not None else None
+        if operation is None or operation.ended or not self._asks_the_same(operation.op, request):
+            return None
+        return operation
+
+    def _asks_the_same(self, op: OpId, request: Job) -> bool:
+        body = self._records.request(op)
+        try:
+            before = decode(body) if body else None
+        except ImgStorageError:  # an earlier version wrote it
+            return False
+        return isinstance(before, Job) and _same(before, request)
+
     def _ready(self, volume: Volume) -> None:
         unfinished = volume.state in (VolumeState.CREATING, VolumeState.IMPORTING)
         if volume.state is not VolumeState.READY and not unfinished:
@@ -362,6 +359,18 @@ class Requests:
     def _refuse(self, decision: Decision, volume: Volume, mapping: Mapping) -> None:
         if decision.refuse:
             raise self._refusal(decision, volume, mapping)
+
+
+def _same(one: Job, other: Job) -> bool:
+    """Whether two requests differ in who asks and when alone.
+
+    The size in a map is not compared: it is what a volume that does not exist is made with.
+    """
+    one = replace(one, op=other.op, requester=other.requester, expires_at=other.expires_at)
+    if isinstance(one, MapZvol) and isinstance(other, MapZvol):
+        one = replace(one, mode=one.mode or Mode.DIRECT, size_bytes=None)
+        other = replace(other, mode=other.mode or Mode.DIRECT, size_bytes=None)
+    return one == other
 
 
 def _clock(at: float) -> str:

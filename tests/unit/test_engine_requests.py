@@ -69,6 +69,20 @@ def test_the_same_operation_again_is_answered_and_not_begun_twice(bench: Bench) 
     assert bench.phase() is Phase.LOCAL, "an old unmap that came again took the volume away"
 
 
+def test_the_same_again_before_it_has_begun_joins(bench: Bench) -> None:
+    """Between the acceptance of a map and its first step the volume's name is reserved for it."""
+    bench.people.ended(bench.people.add(VOL))
+    maps = [bench.people.send(map_request(bench, **change)) for change in ({}, {}, {"size_bytes": None})]
+    (joined,) = {bench.people.accepted(op).op for op in maps}
+    different = bench.people.send(map_request(bench, mode=Mode.DIRECT))
+    bench.people.refused(different)
+    assert bench.people.ended(joined).milestone is Milestone.DONE
+    assert bench.phase() is Phase.LOCAL
+    bench.people.ended(bench.people.unmap(VOL))
+    for op in [bench.people.delete(VOL) for _ in range(3)]:
+        bench.people.accepted(op)
+
+
 def test_what_is_done_already_is_a_success(bench: Bench) -> None:
     bench.mapped()
     again = bench.people.accepted(bench.people.map(VOL, HOME, Mode.SYNC))
