@@ -91,7 +91,7 @@ def launch(monitor: Path, log_file: Path) -> Daemon:
     pid = spawn(daemon_argv(monitor), log_file=log_file)
     began = start_time(pid)
     until = time.monotonic() + START_TIMEOUT_S
-    while not _listens(monitor):
+    while not (_listens(monitor) and _idle(pid)):
         if start_time(pid) is None:
             raise ImgStorageError("failed", f"{PROGRAM} ended at once: {_last_line(log_file)}")
         if time.monotonic() > until:
@@ -115,6 +115,34 @@ def _listens(path: Path) -> bool:
     lines = Path("/proc/net/unix").read_bytes().split(b"\n")
     unconnected = [line.split() for line in lines if line.endswith(ending) and line.split()[5] == UNCONNECTED]
     return bool(unconnected) and all(int(words[3], 16) & ACCEPTS for words in unconnected)
+
+
+def _idle(pid: int) -> bool:
+    """Whether all threads of a process sleep, and slept through a millisecond (proc(5)).
+
+    QEMU 7.2 listens before it has given its monitor to the thread that shall serve it. A connection that is made in
+    between stays with the main thread in part, and of some hundred daemons one dies of a segmentation fault when
+    that connection ends. When it sleeps, all that is behind it.
+    """
+    before = _sleeping(pid)
+    if before is None:
+        return False
+    time.sleep(0.001)
+    return _sleeping(pid) == before
+
+
+def _sleeping(pid: int) -> dict[str, list[str]] | None:
+    """How often each thread gave up its processor so far; None if one does not sleep."""
+    switches = {}
+    try:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            lines = (task / "status").read_text().splitlines()
+            if not any(line.startswith("State:\tS") for line in lines):
+                return None
+            switches[task.name] = [line for line in lines if "ctxt_switches" in line]
+    except OSError:  # a thread, or all, have ended meanwhile
+        return None
+    return switches
 
 
 def _last_line(log_file: Path) -> str:
