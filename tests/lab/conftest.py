@@ -6,8 +6,8 @@ a pool ``tank`` on its disk ``tank``; no daemon of the project runs, nor tgtd, n
 cluster on such guests: broker, frontend, and the daemons in the guests, all running.
 
 Scenarios (tests that use ``cluster`` or have the mark ``scenario``) and parts of the contract suites: those that are
-marked ``ci`` are run each time, and some of the others, chosen by a seed that is printed; ``--lab-seed`` repeats a
-choice, ``--all`` runs every one.
+marked ``ci`` are run each time, and of the others one of each file and some more, chosen by a seed that is printed;
+``--lab-seed`` repeats a choice, ``--all`` runs every one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from tests.lab.lab import HOSTS, Lab
 
 HERE = Path(__file__).parent
 BASE, WITH_CLUSTER = "base", "cluster"
-ROTATED = 6
-"""How many of the scenarios that are not marked are chosen for a run."""
+ROTATED = 3
+"""How many scenarios are chosen for a run besides those that are marked, and one of each file that has none."""
 collect_ignore_glob = [] if MARK in os.environ else ["test_*.py"]
 _skipped: list[str] = []
 _ran: dict[str, tuple[str, float]] = {}
@@ -46,6 +46,21 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "scenario: a scenario of the lab that makes its guests itself")
     config.addinivalue_line("markers", "nas(**settings): what the NAS of a scenario is configured with")
     config.addinivalue_line("markers", "ci: a scenario of the lab that is run each time")
+    if MARK in os.environ:
+        config.pluginmanager.register(FailuresAtOnce(config))
+
+
+class FailuresAtOnce:
+    """A run takes hours: what failed is said when it fails, and again at the end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A hook of pytest."""
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            terminal.write_line(f"\n{report.nodeid} failed:\n{report.longreprtext}")
 
 
 def _is_scenario(item: pytest.Item) -> bool:
@@ -62,10 +77,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     named = any("::" in word for word in config.args)
     if config.getoption("--all", False) or config.getoption("keyword") or named:
         return
-    others = [item for item in items if _is_scenario(item) and not item.get_closest_marker("ci")]
     seed = config.getoption("--lab-seed", None)
     seed = secrets.randbelow(10**6) if seed is None else seed
-    chosen = random.Random(seed).sample(others, min(ROTATED, len(others)))
+    dice = random.Random(seed)
+    others = [item for item in items if _is_scenario(item) and not item.get_closest_marker("ci")]
+    always = {item.path for item in items if item.get_closest_marker("ci")}
+    kinds: dict[Path, list[pytest.Item]] = {}
+    for item in others:
+        if item.path not in always and not item.get_closest_marker("scenario"):
+            kinds.setdefault(item.path, []).append(item)
+    chosen = [dice.choice(kind) for kind in kinds.values()]
+    rest = [item for item in others if item not in chosen]
+    chosen += dice.sample(rest, min(ROTATED, len(rest)))
     left_out = [item for item in others if item not in chosen]
     if left_out:
         print(f"\nscenarios chosen by --lab-seed={seed}: {', '.join(item.name for item in chosen)}")

@@ -28,8 +28,6 @@ pytestmark = pytest.mark.timeout(3600)
 SUITES = Path(__file__).parents[1] / "contract"
 AT_ONCE = 8
 """How many test functions are one part."""
-EACH_TIME = ("container_plane-1", "nas_returns-1", "pulls-1")
-"""Parts that are run each time; the others take turns."""
 MACHINE = Machine("compute-0-0", memory_mib=1024, cpus=2, disks={"tank": 4 * GIB, "pond": 4 * GIB})
 SETTINGS = {"IMGSTORAGE_TEST_PLANE": "kernel", "IMGSTORAGE_TEST_ZPOOL": "tank", "IMGSTORAGE_TEST_DEADLINE_S": "300"}
 TEST_S, PART_S = 900, 3500
@@ -57,8 +55,7 @@ def parts() -> Iterator[object]:
         tests = [top.name for top in tops if isinstance(top, ast.FunctionDef) and top.name.startswith("test_")]
         for first in range(0, len(tests), AT_ONCE):
             name = f"{path.stem.removeprefix('test_')}-{first // AT_ONCE + 1}"
-            marks = [pytest.mark.ci] if name in EACH_TIME else []
-            yield pytest.param(path.name, tests[first : first + AT_ONCE], id=name, marks=marks)
+            yield pytest.param(path.name, tests[first : first + AT_ONCE], id=name)
 
 
 @pytest.fixture(scope="module")

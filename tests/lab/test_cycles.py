@@ -23,7 +23,6 @@ def sent(cluster: Cluster) -> int:
     return int(cluster.nas.get("/sys/class/net/eth0/statistics/tx_bytes"))
 
 
-@pytest.mark.ci
 def test_a_second_start_on_the_same_container_moves_nothing(cluster: Cluster) -> None:
     volume = cluster.imported()
     before = sent(cluster)
@@ -64,7 +63,6 @@ def test_back_from_another_container_only_what_changed_there_is_moved(cluster: C
     cluster.finish(volume, CONTAINER, OTHER)
 
 
-@pytest.mark.ci
 @pytest.mark.container(copy_speed="128K")
 def test_an_unmap_in_the_middle_of_the_copy_folds_what_was_written_into_the_volume(cluster: Cluster) -> None:
     volume = cluster.imported()
@@ -77,7 +75,6 @@ def test_an_unmap_in_the_middle_of_the_copy_folds_what_was_written_into_the_volu
     cluster.finish(volume)
 
 
-@pytest.mark.ci
 def test_a_map_for_which_the_container_has_no_room_is_refused_and_changes_nothing(cluster: Cluster) -> None:
     volume = cluster.imported()
     free = int(cluster.container.run(["zfs", "get", "-Hpo", "value", "available", "tank"]).stdout)
@@ -99,7 +96,6 @@ def test_a_map_for_which_the_container_has_no_room_is_refused_and_changes_nothin
     cluster.finish(volume)
 
 
-@pytest.mark.ci
 def test_a_volume_that_an_administrator_rolled_back_is_quarantined_and_both_copies_stay(cluster: Cluster) -> None:
     nas = cluster.nas
     volume = cluster.imported()

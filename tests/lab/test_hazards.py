@@ -22,7 +22,6 @@ FULL = "the pool is full"
 SWITCH = ["suspend", "reload", "resume"]
 
 
-@pytest.mark.ci
 def test_a_table_is_loaded_only_while_the_device_is_suspended(cluster: Cluster) -> None:
     """Loaded before, with another origin, a snapshot-merge corrupts silently: every status is 0."""
     trace = Trace(cluster.container, "dmsetup")
@@ -74,7 +73,6 @@ def test_a_copy_that_meets_a_full_pool_waits_and_the_guest_writes_on(cluster: Cl
     cluster.finish(volume)
 
 
-@pytest.mark.ci
 def test_a_way_back_that_meets_a_full_nas_waits_and_goes_on_by_itself(cluster: Cluster) -> None:
     nas = cluster.nas
     volume = cluster.imported()

@@ -39,11 +39,10 @@ ON_THE_NAS = (
 )
 EVERY_SWITCH = Strike("dmsetup", "suspend|reload|resume", "after", "hold", EACH)
 OTHERS = ("the-NAS-daemon", "the-frontend", "tgtd", "iscsid", "the-NAS-sshd")
-CI = {OTHERS[0], str(SWITCHES[1]), str(SWITCHES[9]), str(WRITE_BACK[1]), str(ON_THE_NAS[1])}
 
 
 def cases(strikes: tuple[Strike, ...]) -> list[object]:
-    return [pytest.param(one, id=str(one), marks=[pytest.mark.ci] if str(one) in CI else []) for one in strikes]
+    return [pytest.param(one, id=str(one)) for one in strikes]
 
 
 def whole_cycle(cluster: Cluster) -> None:
@@ -97,7 +96,7 @@ def kill_other(cluster: Cluster, who: str) -> None:
             cluster.nas.run(["sh", "-c", f"kill -KILL $(cat {seen.STATE}/ssh/sshd.pid)"])
 
 
-@pytest.mark.parametrize("who", [pytest.param(one, marks=[pytest.mark.ci] if one in CI else []) for one in OTHERS])
+@pytest.mark.parametrize("who", OTHERS)
 def test_another_daemon_is_killed_at_each_call_of_every_switch(cluster: Cluster, who: str) -> None:
     calls = 0
 
@@ -112,7 +111,7 @@ def test_another_daemon_is_killed_at_each_call_of_every_switch(cluster: Cluster,
 
 
 @pytest.mark.container(return_speed="128K")
-@pytest.mark.parametrize("host", [CONTAINER, pytest.param(NAS, marks=pytest.mark.ci)])
+@pytest.mark.parametrize("host", [CONTAINER, NAS])
 def test_a_daemon_is_killed_in_the_middle_of_a_pull(cluster: Cluster, host: str) -> None:
     volume = cluster.imported()
     device = cluster.map(volume, "img_sync=yes")
@@ -130,7 +129,6 @@ def test_a_daemon_is_killed_in_the_middle_of_a_pull(cluster: Cluster, host: str)
     cluster.finish(volume)
 
 
-@pytest.mark.ci
 @pytest.mark.container(copy_speed=SLOW_COPY, return_speed="128K")
 def test_both_daemons_are_killed_in_the_middle_of_both_copies(cluster: Cluster) -> None:
     volume = cluster.imported()

@@ -38,7 +38,6 @@ for storage in rtslib_fb.RTSRoot().storage_objects:
 """
 
 
-@pytest.mark.ci
 @pytest.mark.container(copy_speed=SLOW_COPY)
 def test_a_direct_and_a_sync_cycle(cluster: Cluster) -> None:
     volume = cluster.imported()
@@ -62,7 +61,6 @@ def test_a_direct_and_a_sync_cycle(cluster: Cluster) -> None:
     cluster.finish(volume)
 
 
-@pytest.mark.ci
 def test_what_was_acknowledged_and_never_flushed_survives_a_power_cut_of_the_nas(cluster: Cluster) -> None:
     volume = cluster.imported()
     device = cluster.map(volume, "img_sync=no")

@@ -76,7 +76,6 @@ def merging_now(cluster: Cluster, volume: str) -> seen.Dm | None:
     return device if device.target == "snapshot-merge" else None
 
 
-@pytest.mark.ci
 def test_direct_mode_writes_to_the_nas_at_once(cluster: Cluster) -> None:
     nas, container = cluster.nas, cluster.container
     volume = cluster.imported()
@@ -102,7 +101,6 @@ def test_direct_mode_writes_to_the_nas_at_once(cluster: Cluster) -> None:
     cluster.finish(volume)
 
 
-@pytest.mark.ci
 @pytest.mark.container(return_speed="128K")
 def test_a_pull_brings_what_was_written_so_far_and_the_guest_goes_on(cluster: Cluster) -> None:
     nas, container = cluster.nas, cluster.container

@@ -31,11 +31,6 @@ MAPPING = (
     (NAS, "no", Strike("tgtadm", "new", "after", "power")),
     (NAS, "yes", Strike("tgtadm", "bind", "after", "power")),
 )
-CI = {str(SWITCHES[2]), str(MAPPING[1][2]), str(MAPPING[5][2])}
-
-
-def ci(strike: Strike) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.ci] if str(strike) in CI else []
 
 
 def mapped(cluster: Cluster, mode: str) -> tuple[str, str]:
@@ -57,9 +52,7 @@ def booted(cluster: Cluster, device: str, writer: Writer) -> None:
 
 
 @pytest.mark.container(copy_speed=SLOW_COPY)
-@pytest.mark.parametrize(
-    "mode", [pytest.param("no", id="direct"), pytest.param("yes", id="hydrating", marks=pytest.mark.ci)]
-)
+@pytest.mark.parametrize("mode", [pytest.param("no", id="direct"), pytest.param("yes", id="hydrating")])
 def test_the_container_loses_its_power_while_its_device_is_on_the_nas(cluster: Cluster, mode: str) -> None:
     volume, device = mapped(cluster, mode)
     with cluster.writer(volume, device) as writer:
@@ -73,7 +66,7 @@ def test_the_container_loses_its_power_while_its_device_is_on_the_nas(cluster: C
         end(cluster, volume, writer)
 
 
-@pytest.mark.parametrize("strike", [pytest.param(one, id=str(one), marks=ci(one)) for one in SWITCHES])
+@pytest.mark.parametrize("strike", [pytest.param(one, id=str(one)) for one in SWITCHES])
 def test_the_container_loses_its_power_around_a_switch(cluster: Cluster, strike: Strike) -> None:
     volume = cluster.imported()
     strike.arm(cluster.container)
@@ -118,7 +111,7 @@ def test_power_is_lost_when_the_device_is_let_go(cluster: Cluster, host: str, mo
 
 
 @pytest.mark.container(return_speed="128K")
-@pytest.mark.parametrize("host", [pytest.param(CONTAINER, marks=pytest.mark.ci), NAS])
+@pytest.mark.parametrize("host", [CONTAINER, NAS])
 def test_power_is_lost_during_the_way_back(cluster: Cluster, host: str) -> None:
     volume, device = mapped(cluster, "yes")
     cluster.wait_local(volume)
@@ -131,9 +124,7 @@ def test_power_is_lost_during_the_way_back(cluster: Cluster, host: str) -> None:
     cluster.finish(volume)
 
 
-@pytest.mark.parametrize(
-    ("host", "mode", "strike"), [pytest.param(*one, id=f"{one[0]}-{one[2]}", marks=ci(one[2])) for one in MAPPING]
-)
+@pytest.mark.parametrize(("host", "mode", "strike"), [pytest.param(*one, id=f"{one[0]}-{one[2]}") for one in MAPPING])
 def test_power_is_lost_during_a_map(cluster: Cluster, host: str, mode: str, strike: Strike) -> None:
     """It goes on when the host is back, or was taken back because that took too long; then it can be mapped again."""
     volume = cluster.imported()
@@ -152,7 +143,7 @@ def test_power_is_lost_during_a_map(cluster: Cluster, host: str, mode: str, stri
 
 
 @pytest.mark.container(return_speed="128K")
-@pytest.mark.parametrize("host", [CONTAINER, pytest.param(NAS, marks=pytest.mark.ci)])
+@pytest.mark.parametrize("host", [CONTAINER, NAS])
 def test_power_is_lost_during_a_pull(cluster: Cluster, host: str) -> None:
     volume, device = mapped(cluster, "yes")
     cluster.wait_local(volume)
@@ -204,7 +195,7 @@ def test_power_is_lost_during_a_fold(cluster: Cluster, host: str) -> None:
 
 
 @pytest.mark.container(copy_speed=SLOW_COPY)
-@pytest.mark.parametrize("phase", ["attached", pytest.param("hydrating", marks=pytest.mark.ci), "merging", "local"])
+@pytest.mark.parametrize("phase", ["attached", "hydrating", "merging", "local"])
 def test_the_nas_loses_its_power_and_the_guest_only_waits(cluster: Cluster, phase: str) -> None:
     volume, device = mapped(cluster, "no" if phase == "attached" else "yes")
     with cluster.writer(volume, device) as writer:

@@ -55,7 +55,6 @@ def newest(cluster: Cluster, volume: str) -> tuple[str, str]:
     return list(seen.snapshots(cluster.container, f"tank/{volume}").items())[-1]
 
 
-@pytest.mark.ci
 def test_a_nas_set_back_while_the_volume_was_at_rest(cluster: Cluster, tmp_path: Path) -> None:
     volume = cluster.imported()
     kept(cluster, tmp_path / "older")
@@ -71,7 +70,7 @@ def test_a_nas_set_back_while_the_volume_was_at_rest(cluster: Cluster, tmp_path:
     assert not seen.dm(cluster.container)
 
 
-@pytest.mark.parametrize("mode", ["no", pytest.param("yes", marks=pytest.mark.ci)], ids=["direct", "local"])
+@pytest.mark.parametrize("mode", ["no", "yes"], ids=["direct", "local"])
 def test_a_nas_set_back_while_a_guest_has_the_volume(cluster: Cluster, tmp_path: Path, mode: str) -> None:
     volume = cluster.imported()
     kept(cluster, tmp_path / "older")

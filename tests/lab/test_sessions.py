@@ -35,9 +35,7 @@ def cut_off(cluster: Cluster) -> None:
 
 
 @pytest.mark.container(copy_speed=ENDLESS)
-@pytest.mark.parametrize(
-    "mode", [pytest.param("no", id="direct"), pytest.param("yes", id="sync", marks=pytest.mark.ci)]
-)
+@pytest.mark.parametrize("mode", [pytest.param("no", id="direct"), pytest.param("yes", id="sync")])
 def test_the_cable_is_out_for_a_while(cluster: Cluster, mode: str) -> None:
     volume = cluster.imported()
     device = cluster.map(volume, f"img_sync={mode}")
@@ -54,7 +52,7 @@ def test_the_cable_is_out_for_a_while(cluster: Cluster, mode: str) -> None:
 
 
 @pytest.mark.container(return_speed="128K")
-@pytest.mark.parametrize("phase", [pytest.param("writing_back", marks=pytest.mark.ci), "pulling"])
+@pytest.mark.parametrize("phase", ["writing_back", "pulling"])
 def test_the_cable_is_out_on_the_way_back(cluster: Cluster, phase: str) -> None:
     volume = cluster.imported()
     device = cluster.map(volume, "img_sync=yes")
@@ -83,7 +81,6 @@ def test_the_cable_is_out_when_a_fold_begins(cluster: Cluster) -> None:
     cluster.finish(volume)
 
 
-@pytest.mark.ci
 def test_the_cable_is_out_when_the_merge_begins(cluster: Cluster) -> None:
     volume = cluster.imported()
     with struck(cluster, CONTAINER, Strike("dmsetup", "suspend", "after", "hold"), lambda: cut_off(cluster)):
@@ -98,7 +95,6 @@ def test_the_cable_is_out_when_the_merge_begins(cluster: Cluster) -> None:
     cluster.finish(volume)
 
 
-@pytest.mark.ci
 def test_tgtd_is_killed_and_its_targets_are_made_again(cluster: Cluster) -> None:
     volume = cluster.imported()
     device = cluster.map(volume, "img_sync=no")

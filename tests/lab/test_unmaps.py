@@ -24,7 +24,7 @@ SLOW = "128K"
 
 
 @pytest.mark.parametrize("mode", ["no", "yes"], ids=["direct", "sync"])
-@pytest.mark.parametrize("phase", ["exporting", pytest.param("attaching", marks=pytest.mark.ci)])
+@pytest.mark.parametrize("phase", ["exporting", "attaching"])
 def test_a_map_under_way_is_cancelled(cluster: Cluster, phase: str, mode: str) -> None:
     volume = cluster.imported()
     host, strike = EARLY[phase]
@@ -45,7 +45,6 @@ def test_a_map_under_way_is_cancelled(cluster: Cluster, phase: str, mode: str) -
     cluster.finish(volume)
 
 
-@pytest.mark.ci
 def test_an_unmap_waits_for_the_merge(cluster: Cluster) -> None:
     volume = cluster.imported()
     asked: list[Future[Result]] = []
@@ -63,7 +62,6 @@ def test_an_unmap_waits_for_the_merge(cluster: Cluster) -> None:
     cluster.finish(volume)
 
 
-@pytest.mark.ci
 @pytest.mark.container(return_speed=SLOW)
 def test_an_unmap_cancels_a_pull(cluster: Cluster) -> None:
     volume = cluster.imported()
@@ -92,7 +90,6 @@ def test_a_second_unmap_while_the_device_is_let_go_is_the_first_one(cluster: Clu
     cluster.finish(volume)
 
 
-@pytest.mark.ci
 @pytest.mark.container(return_speed=SLOW)
 def test_a_second_unmap_on_the_way_back_is_the_first_one(cluster: Cluster) -> None:
     volume = cluster.imported()
