@@ -5,12 +5,11 @@ What ``decode`` knows is what was declared: whoever uses it imports ``core/messa
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.message import CATALOGUE, Message
+from imgstorage.core.typed import from_json
 
 PROTOCOL_VERSION = 1
 MAX_BODY_BYTES = 1 << 20
@@ -22,8 +21,6 @@ class _Envelope(msgspec.Struct):
     body: msgspec.Raw
 
 
-_decoders: dict[type[Message], msgspec.json.Decoder[Any]] = {}
-_envelope = msgspec.json.Decoder(_Envelope)
 _encoder = msgspec.json.Encoder()
 
 
@@ -40,7 +37,7 @@ def decode(body: bytes) -> Message:
     if len(body) > MAX_BODY_BYTES:
         raise ImgStorageError("bad_message", f"a message of {len(body)} bytes is over {MAX_BODY_BYTES}")
     try:
-        envelope = _envelope.decode(body)
+        envelope = from_json(body, _Envelope)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ImgStorageError("bad_message", f"not a message: {error}") from None
     if envelope.v != PROTOCOL_VERSION:
@@ -50,9 +47,8 @@ def decode(body: bytes) -> Message:
     kind = CATALOGUE.get(envelope.type)
     if kind is None:
         raise ImgStorageError("bad_message", f"unknown message type {envelope.type[:60]!r}")
-    decoder = _decoders.setdefault(kind, msgspec.json.Decoder(kind))
     try:
-        message: Message = decoder.decode(envelope.body)
+        message = from_json(envelope.body, kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ImgStorageError("bad_message", f"a malformed {envelope.type} message: {error}") from None
     return message

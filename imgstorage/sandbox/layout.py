@@ -34,6 +34,7 @@ from imgstorage.bus import topology
 from imgstorage.bus.topology import Party
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.names import host_name, pool_name
+from imgstorage.core.typed import from_json
 
 FRONTEND_HOST = "frontend"
 ROLES = ("nas", "container")
@@ -108,7 +109,7 @@ class Layout:
     def load(cls, folder: Path) -> Layout:
         """The sandbox in this folder. Raises ``not_found``, ``corrupt``."""
         try:
-            hosts = msgspec.json.decode((folder / "sandbox.json").read_bytes(), type=tuple[Host, ...])
+            hosts = from_json((folder / "sandbox.json").read_bytes(), tuple[Host, ...])
         except FileNotFoundError:
             raise ImgStorageError("not_found", f"there is no sandbox in {folder}",
                                   hint="imgstorage sandbox up") from None  # fmt: skip

@@ -20,6 +20,7 @@ from sqlite_utils import Database as SqliteUtils
 from sqlite_utils import Migrations
 
 from imgstorage.core.errors import ImgStorageError
+from imgstorage.core.typed import from_json, from_plain
 
 Row = dict[str, Any]
 
@@ -136,10 +137,8 @@ def to_row(value: object) -> Row:
 
 def from_row(kind: type[Any], row: Row, nested: tuple[str, ...] = ()) -> Any:
     """The value that :func:`to_row` made a row of; ``nested`` names its JSON columns. Raises ``corrupt``."""
-    plain = {
-        key: msgspec.json.decode(item) if key in nested and item is not None else item for key, item in row.items()
-    }
+    plain = {key: from_json(item, object) if key in nested and item is not None else item for key, item in row.items()}
     try:
-        return msgspec.convert(plain, kind, strict=False)
+        return from_plain(plain, kind)
     except msgspec.ValidationError as error:
         raise ImgStorageError("corrupt", f"a row of {kind.__name__} cannot be read: {error}") from None

@@ -15,6 +15,7 @@ from imgstorage.core.names import OpId, PoolName, VolumeName, VolumeUuid
 from imgstorage.core.operations import FINAL, Operation
 from imgstorage.core.ports import Portal
 from imgstorage.core.records import JournalLine, MappingTimes, Release
+from imgstorage.core.typed import from_json
 from imgstorage.store.database import Database, from_row, to_row
 
 MIGRATIONS = Migrations("nas")
@@ -170,7 +171,7 @@ class NasStore(Database):
     def portal(self, uuid: VolumeUuid) -> Portal | None:
         """Where the volume is exported now, as far as is known."""
         row = self.row("SELECT portal FROM portals WHERE volume = ?", uuid)
-        return msgspec.json.decode(row["portal"], type=Portal) if row else None
+        return from_json(row["portal"], Portal) if row else None
 
     def save_portal(self, uuid: VolumeUuid, portal: Portal | None) -> None:
         """Remember, or forget, where the volume is exported."""

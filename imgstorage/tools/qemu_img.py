@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from imgstorage.core.errors import ImgStorageError
+from imgstorage.core.typed import from_json
 from imgstorage.tools.run import run
 
 CHECK_NOT_DONE = 1
@@ -203,11 +204,11 @@ def _unexpected(what: str, why: object) -> ImgStorageError:
 def parse_info(text: str) -> Info:
     """The output of ``info --output=json``. Raises ``tool_output``."""
     try:
-        raw = msgspec.json.decode(text, type=_InfoJson)
+        raw = from_json(text, _InfoJson)
         special = raw.format_specific
         qcow2 = None
         if raw.format == "qcow2" and special is not None:
-            qcow2 = msgspec.json.decode(special.data, type=Qcow2Data)
+            qcow2 = from_json(special.data, Qcow2Data)
     except msgspec.MsgspecError as error:
         raise _unexpected("info", error) from None
     return Info(
@@ -222,16 +223,13 @@ def parse_info(text: str) -> Info:
     )
 
 
-_EXTENTS = msgspec.json.Decoder(list[Extent])
-
-
 def parse_map(text: str) -> list[Extent]:
     """The output of ``map --output=json``: extents that follow each other without a gap from 0.
 
     About 0.15 s for 500,000 extents. Raises ``tool_output``.
     """
     try:
-        extents = _EXTENTS.decode(text)
+        extents = from_json(text, list[Extent])
     except msgspec.MsgspecError as error:
         raise _unexpected("map", error) from None
     position = 0
@@ -253,7 +251,7 @@ def parse_check(exit_status: int, stdout: str, stderr: str) -> Check:
     if exit_status not in (0, CHECK_CORRUPT, CHECK_LEAKS):
         raise _unexpected("check", f"exit status {exit_status}: {message}")
     try:
-        raw = msgspec.json.decode(stdout, type=_CheckJson)
+        raw = from_json(stdout, _CheckJson)
     except msgspec.MsgspecError as error:
         raise _unexpected("check", error) from None
     sound = exit_status != CHECK_CORRUPT and not raw.corruptions and not raw.check_errors

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from imgstorage.core.errors import ImgStorageError
+from imgstorage.core.typed import from_json
 from imgstorage.tools.durable import fsync_dir
 
 T = TypeVar("T")
@@ -110,7 +111,7 @@ def read_json(path: Path, kind: type[T]) -> T | None:
     except FileNotFoundError:
         return None
     try:
-        return msgspec.json.decode(data, type=kind)
+        return from_json(data, kind)
     except msgspec.MsgspecError as error:
         raise ImgStorageError("corrupt", f"{path} cannot be read: {error}") from None
 

@@ -24,6 +24,7 @@ import msgspec
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Mode
 from imgstorage.core.ports import ReturnKind, Stamp
+from imgstorage.core.typed import from_json
 from imgstorage.planes.kernel.layout import STAMP
 from imgstorage.tools.zfs import datasets
 
@@ -75,7 +76,7 @@ class Record:
 def parse(dataset: str, text: str) -> Record:
     """A stamp's text. Raises ``corrupt``."""
     try:
-        return msgspec.json.decode(text, type=Record)
+        return from_json(text, Record)
     except msgspec.MsgspecError as error:
         raise ImgStorageError("corrupt", f"the stamp of {dataset} cannot be read: {error}") from None
 

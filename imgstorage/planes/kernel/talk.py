@@ -36,6 +36,7 @@ import msgspec
 
 from imgstorage.core.errors import CODES, ImgStorageError
 from imgstorage.core.mapping import Generation
+from imgstorage.core.typed import from_json
 
 VERSION = 1
 MAX_LINE = 64 << 10
@@ -124,12 +125,12 @@ def decode(text: bytes, kind: type[Line]) -> Line:
     """The line of that kind, without its newline. Raises ``bad_message``, ``version_mismatch``."""
     try:
         if kind is Hello:
-            version = msgspec.json.decode(text, type=dict).get("version")
+            version = from_json(text, dict).get("version")
             if version != VERSION:
                 raise ImgStorageError(
                     "version_mismatch", f"the NAS speaks version {version} of transfers, not {VERSION}"
                 )
-        return msgspec.json.decode(text, type=kind)
+        return from_json(text, kind)
     except msgspec.MsgspecError as error:
         raise ImgStorageError("bad_message", f"a transfer's {kind.__name__} cannot be understood: {error}") from None
 

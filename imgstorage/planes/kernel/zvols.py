@@ -16,6 +16,7 @@ import msgspec
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation
 from imgstorage.core.names import PoolName, VolumeName, VolumeUuid
+from imgstorage.core.typed import from_json
 from imgstorage.planes.kernel import layout
 from imgstorage.planes.kernel.layout import STAMP
 from imgstorage.planes.kernel.record import CopyRecord
@@ -100,7 +101,7 @@ def read(seen: Dataset) -> Stamp | None:
     if value is None:
         return None
     try:
-        stamp = msgspec.json.decode(value, type=Stamp)
+        stamp = from_json(value, Stamp)
     except msgspec.MsgspecError:
         return None
     return stamp if stamp.guid in (0, seen.guid) else None
