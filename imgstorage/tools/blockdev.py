@@ -144,6 +144,18 @@ def _size_of(node: str) -> int:
         return -1
 
 
+def _opened_size(path: str) -> int:
+    """A zvol that grew by a stream keeps its size for everybody until it is opened the next time (ZFS 2.1.11)."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    try:
+        return os.lseek(fd, 0, os.SEEK_END)
+    finally:
+        os.close(fd)
+
+
 def _number_of(node: str) -> str:
     try:
         return (BLOCK / node / "dev").read_text().strip()
@@ -161,7 +173,7 @@ def _look(volume: str, size_bytes: int) -> tuple[Zvol | None, str]:
     size, number = _size_of(match[1]), _number_of(match[1])
     if size < 0:
         return None, f"{link} leads to {path}, which has no size"
-    if size != size_bytes:
+    if size != size_bytes and (size := _opened_size(path)) != size_bytes:
         return None, f"{link} leads to {path}, which has {size} bytes instead of {size_bytes}"
     try:
         name = zvol_name(Path(path))

@@ -63,8 +63,8 @@ def snapshots(guest: Guest, dataset: str) -> dict[str, str]:
 
 
 def targets(nas: Guest) -> str:
-    """What tgtadm shows of all targets; "" where no tgtd was started."""
-    if nas.run(["test", "-e", f"{STATE}/ctl.0"], check=False).exit_status != 0:
+    """What tgtadm shows of all targets; "" where no tgtd runs."""
+    if nas.run(["pgrep", "-x", "tgtd"], check=False).exit_status != 0:
         return ""
     return nas.run(["tgtadm", "--op", "show", "--mode", "target"], env=TGT).stdout
 
