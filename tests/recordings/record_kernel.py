@@ -20,7 +20,7 @@ from imgstorage.tools import blockdev, zpool
 from imgstorage.tools.dmsetup import commands as dm
 from imgstorage.tools.dmsetup import tables
 from imgstorage.tools.run import Result, run, which
-from imgstorage.tools.zfs import datasets, properties, snapshots, streams
+from imgstorage.tools.zfs import bookmarks, datasets, properties, snapshots, streams
 from imgstorage.tools.zfs.properties import Kind
 from tests.recordings.record import HERE, Recorder, version
 
@@ -193,7 +193,8 @@ def record_streams(record: Recorder, work: Path) -> None:
         snapshots.snapshot(f"tank/source@{name}")
     make("tank/other")
     snapshots.snapshot("tank/other@one")
-    do(["zfs", "bookmark", "tank/source@one", "tank/source#mark"])
+    record("bookmark", bookmarks.bookmark_argv("tank/source@one", "mark"))
+    record("bookmark-exists", bookmarks.bookmark_argv("tank/source@one", "mark"))
     record("estimate-full", streams.estimate_argv("tank/source@one"))
     record("estimate-incremental", streams.estimate_argv("tank/source@two", base="tank/source@one"))
     record("estimate-bookmark", streams.estimate_argv("tank/source@two", base="tank/source#mark"))

@@ -266,7 +266,15 @@ REFUSED = {
         *("send-missing", "set-missing", "snapshot-missing"),
     ),
     Reason.EXISTS: (
-        *("clone-exists", "create-exists", "hold-exists", "receive-exists", "receive-over-partial", "receive-twice"),
+        *(
+            "bookmark-exists",
+            "clone-exists",
+            "create-exists",
+            "hold-exists",
+            "receive-exists",
+            "receive-over-partial",
+            "receive-twice",
+        ),
         *("rename-exists", "rename-snapshot-exists", "snapshot-exists"),
     ),
     Reason.BUSY: ("abort-receiving", "destroy-open", "destroy-receiving"),

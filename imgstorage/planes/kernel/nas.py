@@ -319,7 +319,7 @@ class KernelNas:
 
     def _current(self, grant: Grant) -> tuple[View, Record]:
         """A volume that is the stamped version, and stamped for this grant."""
-        seen, known = self._volumes.checked(grant.volume)
+        seen, known = self._volumes.checked(grant.volume, grown_bytes=grant.grown_bytes)
         if known.stamp.generation != grant.generation:
             raise self._stale(grant, known)
         return seen, known

@@ -78,9 +78,10 @@ class Volumes:
         """The device of a volume's zvol. Raises ``timeout``."""
         return wait_zvol(dataset, layout.zvol_bytes(size_bytes), deadline_s=DEVICE_TIMEOUT_S)
 
-    def checked(self, volume: Volume, *, any_version: bool = False) -> tuple[View, Record]:
+    def checked(self, volume: Volume, *, any_version: bool = False, grown_bytes: int = 0) -> tuple[View, Record]:
         """A volume whose head is what its stamp says; it is the version that the caller means, unless ``any_version``
-        will do. What was written a moment ago counts only after zpool.sync, or a new stamp.
+        will do. What was written a moment ago counts only after zpool.sync, or a new stamp. While something comes
+        back, it may have ``grown_bytes`` instead of its size, if not 0.
 
         Raises ``not_found``, ``lost_copy``, ``diverged``, ``corrupt``.
         """
@@ -90,7 +91,7 @@ class Volumes:
             raise ImgStorageError("diverged", f"{seen.name} is not the volume {volume}: it has no stamp of it")
         if known.growing and known.guid == seen.dataset.guid:
             seen, known = enlarge.as_before(self.pools, volume, seen, known)
-        if why := _changed(seen, known, volume):
+        if why := _changed(seen, known, volume, grown_bytes):
             raise ImgStorageError(
                 "diverged", f"the zvol of {volume} is not version {known.stamp.volume.version}: {why}"
             )
@@ -211,13 +212,13 @@ class Volumes:
         return replace(self.present(volume).record or known)
 
 
-def _changed(seen: View, known: Record, volume: Volume) -> str:
+def _changed(seen: View, known: Record, volume: Volume, grown_bytes: int) -> str:
     """Why a zvol is not what its stamp says, as a clause; "" if it is."""
     if known.guid != seen.dataset.guid or known.sealed is None:
         return "it is another zvol than the one that was stamped (restored or copied?)"
     size = layout.zvol_bytes(volume.size_bytes)
-    came = layout.zvol_bytes(known.back.grown_bytes) if known.back is not None and known.back.grown_bytes else size
-    if seen.dataset.volsize_bytes not in (size, came):
+    came = [layout.zvol_bytes(one) for one in (known.back.grown_bytes, grown_bytes) if one] if known.back else []
+    if seen.dataset.volsize_bytes not in (size, *came):
         return f"it has {seen.dataset.volsize_bytes} bytes instead of {size}"
     if not seen.has(known.sealed):
         return f"its snapshot {known.sealed.name} is gone (rolled back, or received anew?)"

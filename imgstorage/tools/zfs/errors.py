@@ -75,6 +75,7 @@ _PATTERNS = tuple(
         (r": dataset already exists$", Reason.EXISTS),
         (r": destination '\S+' exists$", Reason.EXISTS),
         (r": tag already exists on this dataset$", Reason.EXISTS),
+        (r": bookmark exists$", Reason.EXISTS),  # of the same snapshot, or of another
         (r": no such tag on this dataset$", Reason.MISSING),
         (r": dataset does not exist(?: |$)", Reason.MISSING),
         (r": destination '\S+' does not exist$", Reason.MISSING),
