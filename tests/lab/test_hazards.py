@@ -81,7 +81,9 @@ def test_a_way_back_that_meets_a_full_nas_waits_and_goes_on_by_itself(cluster: C
     cluster.write_some(volume, device, 150)
     fill(nas)
     unmapping = cluster.unmapping(volume)
-    cluster.wait_row(volume, "paused", lambda row: row["phase"] == "writing_back" and "paused" in (row["note"] or ""), 180)
+    cluster.wait_row(
+        volume, "paused", lambda row: row["phase"] == "writing_back" and "paused" in (row["note"] or ""), 180
+    )
     assert not unmapping.done()
     make_room(nas)
     assert unmapping.result().exit_status == 0, unmapping.result().stderr
