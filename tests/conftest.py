@@ -30,6 +30,21 @@ def _label(text: str) -> None:
     os.environ[leftovers.MARK] = f"{_run_id()} {' '.join(text.replace(chr(0), '').split())[:LABEL_MAX]}".rstrip()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="a test that is skipped has failed")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if item.config.getoption("--no-skips") and report.skipped and not hasattr(report, "wasxfail"):
+        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"skipped, which is not allowed here: {why}"
+    return report
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if not os.environ.get(leftovers.MARK):
         os.environ[leftovers.MARK] = leftovers.run_name(os.getpid())

@@ -329,10 +329,14 @@ class Command(Message):
 @_declare("check_attach", Role.NAS, timeout=Timeout.ACCEPT, answer=Attachable)
 @dataclass(frozen=True, kw_only=True)
 class CheckAttach(Message):
-    """Could you take this volume? Asked before anything is granted; caches may have to go to make room."""
+    """Could you take this volume? Asked before anything is granted; caches may have to go to make room.
+
+    ``generation`` is the last that the NAS knows of. A container that met a newer one answers ``stale_generation``.
+    """
 
     volume: Volume
     mode: Mode
+    generation: Generation | None = None
     remote_pool: PoolName | None = None
 
 

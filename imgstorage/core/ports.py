@@ -354,6 +354,10 @@ class ContainerPlane(Protocol):
         """The configured pools that are there now."""
         ...
 
+    def newest(self, volume: VolumeUuid) -> Generation | None:
+        """The newest grant of a volume that this host ever met; None if it met none."""
+        ...
+
     def check(self, volume: Volume, mode: Mode, pool: PoolName | None) -> PoolName | None:
         """Whether ``attach`` could work, before anything is granted; returns the pool it would use.
 

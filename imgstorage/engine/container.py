@@ -147,6 +147,7 @@ class ContainerEngine:
         def work() -> None:
             answer: Message
             try:
+                self._refuse_set_back(question)
                 pool = self._plane.check(question.volume, question.mode, question.remote_pool)
                 answer = Attachable(remote_pool=pool)
             except ImgStorageError as error:
@@ -155,6 +156,16 @@ class ContainerEngine:
 
         self._tasks.run(f"volume:{question.volume.uuid}", work)
         return None
+
+    def _refuse_set_back(self, question: CheckAttach) -> None:
+        """Raise ``stale_generation`` if the NAS has forgotten a grant that was met here: it was set back."""
+        volume, known = question.volume, question.generation
+        newest = self._plane.newest(volume.uuid) if known is not None else None
+        if newest is not None and known is not None and newest.counter > known.counter:
+            raise ImgStorageError(
+                "stale_generation",
+                f"{volume.name} was met here under {newest}; the NAS knows of none after {known}",
+            )
 
     def _list(self, letter: Letter, _request: ListDev) -> Message | None:
         def work() -> None:

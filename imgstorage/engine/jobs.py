@@ -128,7 +128,10 @@ class Jobs:
     def _ask_container(self, request: MapZvol) -> bool:
         """Before anything is created or granted: is the container there, and has it room?"""
         volume = self._records.volume_at(request.pool, request.volume) or self._draft(request)
-        question = CheckAttach(volume=volume, mode=request.mode or Mode.DIRECT, remote_pool=request.remote_pool)
+        question = CheckAttach(
+            volume=volume, mode=request.mode or Mode.DIRECT, remote_pool=request.remote_pool,
+            generation=self._records.mapping(volume.uuid).generation,
+        )  # fmt: skip
 
         def then(answer: Message | ImgStorageError) -> None:
             self._guarded(request, lambda: self._map(request, volume, answer))
@@ -150,6 +153,8 @@ class Jobs:
         if isinstance(answer, ImgStorageError):
             if answer.code == "timeout":  # nothing was granted: the outcome is known
                 raise ImgStorageError("unreachable", answer.message, host=request.container)
+            if answer.code == "stale_generation" and volume.state is VolumeState.READY:
+                self._quarantine(volume, answer)
             raise answer.at(request.container)
         if not isinstance(answer, Attachable):
             raise ImgStorageError("bad_message", f"{request.container} answered {answer.action}")
@@ -226,9 +231,13 @@ class Jobs:
         except ImgStorageError as error:
             if error.code != "stale_generation":
                 return
-            failed = ev.Failed(step=Step.UNEXPORT.value, code=error.code, message=str(error), permanent=True)
-            self._driver.happen(volume.uuid, failed)
+            self._quarantine(volume, error)
             raise
+
+    def _quarantine(self, volume: Volume, error: ImgStorageError) -> None:
+        """What is known here of a volume is older than what others know."""
+        failed = ev.Failed(step=Step.UNEXPORT.value, code=error.code, message=str(error), permanent=True)
+        self._driver.happen(volume.uuid, failed)
 
     def _grow(self, request: GrowZvol) -> bool:
         """Grow a volume that nobody has. What a restart cut short is done again: the plane knows what is done."""

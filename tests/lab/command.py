@@ -53,7 +53,7 @@ def up(words: list[str]) -> int:
 def run(words: list[str]) -> int:
     build.artefact()  # before the tests' own clock runs
     environment = {**os.environ, build.MARK: str(build.cache())}
-    argv = [str(build_code.TOP / "admin/test"), "-n0", "--timeout", str(RUN_TIMEOUT_S)]
+    argv = [str(build_code.TOP / "admin/test"), "-n0", "--no-skips", "--timeout", str(RUN_TIMEOUT_S)]
     which = [] if any(word.startswith("tests/") for word in words) else ["tests/lab"]
     return subprocess.run([*argv, *which, *words], env=environment, check=False).returncode
 

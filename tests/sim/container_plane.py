@@ -69,6 +69,11 @@ class MemoryContainer:
             if there.name == volume.name and there.uuid != volume.uuid and copy.phase != "cache":
                 raise ImgStorageError("conflict", f"another volume named {volume.name} is here")
 
+    def newest(self, volume: VolumeUuid) -> Generation | None:
+        self._point("newest")
+        seen = self._disk.seen.get(volume)
+        return seen[0] if seen is not None else None
+
     def check(self, volume: Volume, mode: Mode, pool: PoolName | None) -> PoolName | None:
         self._point("check")
         self._clash(volume)

@@ -82,6 +82,18 @@ def test_a_report_of_another_container_changes_nothing(bench: Bench) -> None:
     assert bench.mapping() == before
 
 
+def test_a_nas_that_forgot_a_grant_which_its_container_met_quarantines_the_volume(bench: Bench) -> None:
+    """Set back to an older state: what the container was given since may have changed the volume."""
+    bench.mapped()
+    bench.people.ended(bench.people.unmap(VOL))
+    mapping = bench.mapping()
+    bench.cluster.container_disks[HOME].seen[mapping.volume] = (NEWER, True)
+    ended = bench.people.ended(bench.people.map(VOL, HOME, Mode.SYNC))
+    assert (ended.milestone, ended.code) == (Milestone.FAILED, "stale_generation")
+    assert bench.phase() is Phase.QUARANTINED
+    assert bench.mapping().generation == mapping.generation, "nothing was granted"
+
+
 def test_what_a_message_says_never_outweighs_who_sent_it(bench: Bench) -> None:
     bench.mapped()
     report = ZvolDetached(**about(bench), holds=Held.NOTHING)  # type: ignore[arg-type]

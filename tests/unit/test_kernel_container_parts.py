@@ -15,7 +15,7 @@ from imgstorage.core.mapping import Generation, Held, Mode, Volume
 from imgstorage.core.names import HostName, PoolName, VolumeName, VolumeUuid
 from imgstorage.core.ports import Grant, Portal, Transfer
 from imgstorage.planes.common.versions import next_version
-from imgstorage.planes.kernel import caches, cow, device, record, zvols
+from imgstorage.planes.kernel import caches, cow, device, layout, record, zvols
 from imgstorage.planes.kernel.record import CopyPhase, CopyRecord
 from imgstorage.planes.kernel.zvols import Role, Stamp
 
@@ -47,6 +47,15 @@ def test_a_cow_device_has_whole_chunks_and_never_more_than_it_can_use(size: int,
     chunks = -(-size // cow.CHUNK_BYTES)
     lists = -(-chunks // cow.ENTRIES)
     assert full >= (1 + lists + chunks) * cow.CHUNK_BYTES
+
+
+@pytest.mark.parametrize(
+    ("used", "available", "free"),
+    [(0, 3200, 3100), (3000, 200, 100), (3150, 50, 0), (0, 0, 0), (1 << 50, 100 << 30, 88 << 30)],
+    ids=["empty", "nearly full", "all but what is kept", "nothing", "a large one"],
+)
+def test_a_part_of_a_pool_is_left_free_and_of_a_large_one_12_gib(used: int, available: int, free: int) -> None:
+    assert layout.free_bytes(used, available) == free
 
 
 def test_a_record_is_written_whole_and_private_and_read_again(tmp_path: Path) -> None:

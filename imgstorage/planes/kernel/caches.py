@@ -32,7 +32,8 @@ def pool(name: PoolName) -> Pool | None:
         if error.reason is Reason.MISSING:
             return None
         raise
-    return Pool(name=name, size_bytes=seen.used_bytes + seen.available_bytes, free_bytes=seen.available_bytes)
+    used, available = seen.used_bytes, seen.available_bytes
+    return Pool(name=name, size_bytes=used + available, free_bytes=layout.free_bytes(used, available))
 
 
 def usable(record: CopyRecord, volume: Volume) -> bool:

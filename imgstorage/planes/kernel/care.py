@@ -19,8 +19,9 @@ from imgstorage.tools.dmsetup.tables import State
 
 log = logging.getLogger(__name__)
 
-NEARLY_FULL = 0.9
-"""The share of a COW device, one that could overflow, at which writes are held back."""
+ROOM_SHARE, ROOM_LOOKS = 0.1, 2
+"""Writes are held back while a COW device that could overflow has less room than this share, or than what came between
+so many looks at the pace of the last one: a small one may be filled in a second."""
 
 
 def recover(holding: Holding) -> None:
@@ -103,7 +104,10 @@ def _cow(holding: Holding) -> str:
     seen = device.status(holding.device_name)
     if seen is None or seen.state is not State.OK:
         return f"the snapshot of {known.name} is {seen.state.value if seen else 'gone'}: its COW device is kept"
-    full = seen.allocated_sectors > NEARLY_FULL * seen.total_sectors
+    came = seen.allocated_sectors - (holding.cow_sectors or seen.allocated_sectors)
+    holding.cow_sectors = seen.allocated_sectors
+    room = max(ROOM_SHARE * seen.total_sectors, ROOM_LOOKS * came)
+    full = seen.allocated_sectors > seen.total_sectors - room
     if known.cow_bytes >= cow.full_bytes(known.size_bytes) or not full:
         return ""
     if not holding.held_back:

@@ -60,6 +60,8 @@ class Holding:
         self.hydrating = Copying()
         self.returning = Copying()
         self.held_back = False
+        self.cow_sectors = 0
+        """What was allocated of the COW device at the last look."""
 
     @property
     def known(self) -> CopyRecord:

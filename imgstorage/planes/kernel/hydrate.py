@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.ports import CopyState, Progress
-from imgstorage.planes.kernel import layout, link, talk, zvols
+from imgstorage.planes.kernel import caches, layout, link, talk, zvols
 from imgstorage.planes.kernel.holding import Copying, Holding
 from imgstorage.planes.kernel.record import CopyPhase
 from imgstorage.planes.kernel.talk import Hello, Request, Verb
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 POOL_FULL = "the pool is full"
 POLL_S = 0.1
+LOOK_S = 0.5
 
 
 def start(holding: Holding) -> None:
@@ -55,6 +56,7 @@ def _run(holding: Holding, copying: Copying) -> None:
         if copying.cancel.is_set():
             return
         full = isinstance(error, errors.ZfsError) and error.reason is errors.Reason.NO_SPACE
+        full = full or (isinstance(error, ImgStorageError) and error.code == "no_space")
         log.warning("copy of %s: %s", holding.known.name, error)
         state, reason = (CopyState.PAUSED, POOL_FULL) if full else (CopyState.FAILED, str(error))
         copying.progress = replace(copying.progress, state=state, reason=reason)
@@ -78,7 +80,8 @@ def _copy(holding: Holding, copying: Copying) -> None:
             stamp = {layout.STAMP: zvols.text(zvols.of(holding.known, Role.LOCAL)), "readonly": "on"}
             made = {**layout.VOLUME_PROPERTIES, **stamp} if fresh else {}
             argv = streams.receive_argv(f"{holding.local}@{offer.name}", properties=made)
-            _follow(line.receive(argv, holding.settings.copy_speed_bytes_s), copying, go.size_bytes)
+            _has_room(holding)
+            _follow(holding, line.receive(argv, holding.settings.copy_speed_bytes_s), copying, go.size_bytes)
         with contextlib.suppress(ImgStorageError):
             line.finish()  # what arrived is compared, whatever ssh says of its end
     with holding.lock:
@@ -115,11 +118,23 @@ def _plan(holding: Holding, hello: Hello, offer: talk.Offer) -> tuple[Request, b
     return Request(verb=Verb.SEND), True
 
 
-def _follow(pipeline: Pipeline, copying: Copying, stream_bytes: int) -> None:
+def _has_room(holding: Holding) -> None:
+    """Raises ``no_space``: before a copy takes the last of a pool, and with it what the guest's writes need."""
+    name = holding.known.pool
+    found = caches.pool(name) if name is not None else None
+    if found is not None and not found.free_bytes:
+        raise ImgStorageError("no_space", f"pool {name} has no more than its guests' writes may need")
+
+
+def _follow(holding: Holding, pipeline: Pipeline, copying: Copying, stream_bytes: int) -> None:
     """Until the stream has been received. Raises why it was not."""
     before = copying.progress.wire_bytes
     total = copying.progress.total_bytes
+    look_at = time.monotonic() + LOOK_S
     while (outcome := pipeline.poll()) is None:
+        if time.monotonic() >= look_at:
+            _has_room(holding)
+            look_at = time.monotonic() + LOOK_S
         wire = pipeline.progress().bytes_done
         done = min(total, total * wire // stream_bytes) if stream_bytes else 0
         copying.progress = replace(copying.progress, done_bytes=done, wire_bytes=before + wire)

@@ -110,4 +110,5 @@ def _filesystem(name: str) -> Dataset | None:
 
 
 def _pool(name: PoolName, found: Dataset) -> Pool:
-    return Pool(name=name, size_bytes=found.used_bytes + found.available_bytes, free_bytes=found.available_bytes)
+    used, available = found.used_bytes, found.available_bytes
+    return Pool(name=name, size_bytes=used + available, free_bytes=layout.free_bytes(used, available))

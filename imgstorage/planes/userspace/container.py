@@ -152,6 +152,11 @@ class UserspaceContainer:
 
     # -- attach ---------------------------------------------------------------------------------------------
 
+    def newest(self, volume: VolumeUuid) -> Generation | None:
+        """See the protocol."""
+        seen = self._ledger.of(volume)
+        return seen.generation if seen is not None else None
+
     def check(self, volume: Volume, mode: Mode, pool: PoolName | None) -> PoolName | None:
         """See the protocol. Caches are dropped, oldest first, if that makes room."""
         self._refuse_clash(volume)
