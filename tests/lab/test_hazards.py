@@ -84,7 +84,7 @@ def test_a_way_back_that_meets_a_full_nas_waits_and_goes_on_by_itself(cluster: C
     fill(nas)
     unmapping = cluster.unmapping(volume)
     cluster.wait_row(
-        volume, "paused", lambda row: row["phase"] == "writing_back" and "paused" in (row["note"] or ""), 180
+        volume, "waiting", lambda row: row["phase"] == "writing_back" and "0 B free" in (row["error"] or ""), 180
     )
     assert not unmapping.done()
     make_room(nas)
