@@ -339,7 +339,7 @@ class Cluster:
 
     def wait_device(self, device: str, host: str = CONTAINER, within_s: float = READY_S) -> None:
         """Wait until a device is there (again) and can be read."""
-        code = "import os\ntry: result = len(os.pread(os.open(path, os.O_RDONLY), 512, 0))\nexcept OSError: result = 0"
+        code = "try:\n  with open(path, 'rb', 0) as disk: result = len(disk.read(512))\nexcept OSError: result = 0"
         self[host].wait_python(code, within_s, path=device)
 
     def writer(self, volume: str, device: str, host: str = CONTAINER, **options: Any) -> Writer:
