@@ -160,7 +160,7 @@ class ContainerEngine:
     def _refuse_set_back(self, question: CheckAttach) -> None:
         """Raise ``stale_generation`` if the NAS has forgotten a grant that was met here: it was set back."""
         volume, known = question.volume, question.generation
-        newest = self._plane.newest(volume.uuid) if known is not None else None
+        newest = self._plane.newest(volume.uuid)
         if newest is not None and known is not None and newest.counter > known.counter:
             raise ImgStorageError(
                 "stale_generation",

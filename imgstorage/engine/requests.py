@@ -71,7 +71,7 @@ class Requests:
         if self._clock.now() > request.expires_at:
             raise ImgStorageError("expired", "the request waited too long on its way and was not begun",
                                   hint="type the command again")  # fmt: skip
-        same = None if isinstance(request, (UnmapZvol, PullZvol)) else self._under_way(request)
+        same = self._under_way(request) if isinstance(request, Job) else None
         if same is not None:
             return OperationAnswer(operation=same, repeated=True)
         match request:
@@ -307,20 +307,22 @@ class Requests:
                                hint=f"imgstorage list host storagemap {self._host}")  # fmt: skip
 
     def _not_reserved(self, pool: PoolName, name: VolumeName) -> None:
-        owner = self._jobs.owner(pool, name)
-        operation = self._book.find(owner) if owner is not None else None
-        if operation is not None and not operation.ended:
+        operation = self._owner(pool, name)
+        if operation is not None:
             since, kind = _clock(operation.accepted_at), operation.kind.value
-            raise ImgStorageError("busy", f"{pool}/{name} belongs to {owner} ({kind}) since {since}",
-                                  hint=f"imgstorage show operation {owner}")  # fmt: skip
+            raise ImgStorageError("busy", f"{pool}/{name} belongs to {operation.op} ({kind}) since {since}",
+                                  hint=f"imgstorage show operation {operation.op}")  # fmt: skip
+
+    def _owner(self, pool: PoolName, name: VolumeName) -> Operation | None:
+        """The operation under way that has a volume's name reserved."""
+        op = self._jobs.owner(pool, name)
+        operation = self._book.find(op) if op is not None else None
+        return operation if operation is not None and not operation.ended else None
 
     def _under_way(self, request: Job) -> Operation | None:
         """The operation that does the same just now, and has the volume's name reserved: it is joined."""
-        op = self._jobs.owner(request.pool, request.volume)
-        operation = self._book.find(op) if op is not None else None
-        if operation is None or operation.ended or not self._asks_the_same(operation.op, request):
-            return None
-        return operation
+        operation = self._owner(request.pool, request.volume)
+        return operation if operation is not None and self._asks_the_same(operation.op, request) else None
 
     def _asks_the_same(self, op: OpId, request: Job) -> bool:
         body = self._records.request(op)

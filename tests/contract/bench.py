@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import pytest
 
+from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.names import HostName, PoolName, VolumeName, VolumeUuid
 from imgstorage.core.ports import ContainerPlane, NasPlane
 
@@ -29,6 +30,14 @@ TANK = PoolName("tank")
 DEADLINE_S = float(os.environ.get("IMGSTORAGE_TEST_DEADLINE_S", "90"))
 """How long anything may take: a guest in software emulation on a busy machine is fifty times slower than a host."""
 WORD = 4096
+
+
+def refused(code: str, work: Callable[[], object]) -> ImgStorageError:
+    """The error with which something is refused, which has to have that code."""
+    with pytest.raises(ImgStorageError) as caught:
+        work()
+    assert caught.value.code == code, caught.value
+    return caught.value
 
 
 def wait_for(what: Callable[[], Any], why: str, deadline_s: float = DEADLINE_S) -> Any:

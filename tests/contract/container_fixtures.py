@@ -20,7 +20,7 @@ import pytest
 
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Mode, Volume
-from imgstorage.core.names import HostName, VolumeName, VolumeUuid
+from imgstorage.core.names import MIB, HostName, VolumeName, VolumeUuid
 from imgstorage.core.ports import (
     ContainerPlane,
     CopyState,
@@ -421,3 +421,12 @@ def make_world(
 @pytest.fixture
 def world(make_world: Callable[..., World]) -> World:
     return make_world()
+
+
+@pytest.fixture
+def local(world: World) -> World:
+    """A volume that is local on the container, with something written to it."""
+    world.attach()
+    world.make_local()
+    world.write(2 * MIB, MIB, 6)
+    return world

@@ -9,22 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Held, Mode
 from imgstorage.core.names import PoolName, VolumeUuid
 from imgstorage.core.ports import CopyState, ReturnKind
+from tests.contract.bench import refused
 from tests.contract.container_fixtures import SIZE, Breaker, World, Writer, wait_for
 
 pytest_plugins = ("tests.contract.container_fixtures",)
 pytestmark = pytest.mark.real
 MIB = 1 << 20
-
-
-def refused(code: str, work: Callable[[], object]) -> ImgStorageError:
-    with pytest.raises(ImgStorageError) as caught:
-        work()
-    assert caught.value.code == code, caught.value
-    return caught.value
 
 
 # -- the main path ------------------------------------------------------------------------------------------

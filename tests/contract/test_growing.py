@@ -11,7 +11,7 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Held, Mode
 from imgstorage.core.ports import ReturnKind
 from imgstorage.sandbox.guest_disk import open_disk
-from tests.contract.bench import SIZE, WORD
+from tests.contract.bench import SIZE, WORD, refused
 from tests.contract.container_fixtures import Breaker, World, Writer, wait_for
 
 pytest_plugins = ("tests.contract.container_fixtures",)
@@ -19,12 +19,6 @@ pytestmark = pytest.mark.real
 MIB = 1 << 20
 LARGER = SIZE + 9 * MIB + 5 * 512
 LARGEST = LARGER + 3 * MIB
-
-
-def refused(code: str, work: Callable[[], object]) -> None:
-    with pytest.raises(ImgStorageError) as caught:
-        work()
-    assert caught.value.code == code, caught.value
 
 
 def expect(world: World, size: int) -> None:
@@ -66,18 +60,22 @@ def came_home(world: World, kind: ReturnKind = ReturnKind.PULL) -> None:
     assert (stamped.size_bytes, stamped.version) == (volume.size_bytes, version)
 
 
+def strike(world: World, breaker: Breaker, what: str) -> None:
+    """End what holds the data path, or the daemon, or the host."""
+    match what:
+        case "device":
+            breaker.break_device(world.uuid)
+            wait_for(world.container.tend, "it is noticed")
+        case "daemon":
+            world.container = breaker.restart()
+        case _:
+            world.container = breaker.reboot()
+
+
 @pytest.fixture
 def direct(make_world: Callable[..., World]) -> World:
     world = make_world(Mode.DIRECT)
     world.attach()
-    return world
-
-
-@pytest.fixture
-def local(world: World) -> World:
-    world.attach()
-    world.make_local()
-    world.write(2 * MIB, MIB, 6)
     return world
 
 
@@ -155,14 +153,7 @@ def test_direct_killed_between_and_after(direct: World, breaker: Breaker, what: 
     grow_nas(direct, LARGER)
     if moment == "container":
         resize(direct, LARGER)
-    match what:
-        case "device":
-            breaker.break_device(direct.uuid)
-            wait_for(direct.container.tend, "it is noticed")
-        case "daemon":
-            direct.container = breaker.restart()
-        case _:
-            direct.container = breaker.reboot()
+    strike(direct, breaker, what)
     resize(direct, LARGER)
     direct.write(LARGER - WORD, WORD, 9)
     direct.assert_device()
@@ -254,14 +245,7 @@ def test_what_comes_back_larger_than_was_said_is_not_taken(local: World) -> None
 def test_killed_at_any_moment_of_growing(local: World, breaker: Breaker, what: str, moment: str) -> None:
     def kill() -> None:
         local.close_guests()
-        match what:
-            case "device":
-                breaker.break_device(local.uuid)
-                wait_for(local.container.tend, "it is noticed")
-            case "daemon":
-                local.container = breaker.restart()
-            case _:
-                local.container = breaker.reboot()
+        strike(local, breaker, what)
         local.assert_device()
         local.write(LARGER - 2 * WORD, WORD, 11)
 

@@ -15,9 +15,9 @@ from imgstorage.core.ports import CopyState, ReturnKind
 from imgstorage.planes.kernel import caches, cow, device
 from imgstorage.tools.dmsetup import devices as dm
 from imgstorage.tools.run import run
+from tests.contract.bench import refused
 from tests.contract.container_fixtures import SIZE, TANK, World, wait_for
 from tests.contract.kernel_bench import KernelBreaker
-from tests.contract.test_container_plane import refused
 
 pytest_plugins = ("tests.contract.container_fixtures",)
 pytestmark = pytest.mark.real

@@ -12,8 +12,8 @@ import rtslib_fb
 from imgstorage.planes.common import targets
 from imgstorage.tools import lio as tool
 from tests.contract import target_bench
+from tests.contract.bench import refused
 from tests.contract.target_bench import Bench
-from tests.contract.test_nas_plane import refused
 
 pytestmark = pytest.mark.real
 

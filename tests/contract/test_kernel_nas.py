@@ -16,9 +16,9 @@ from imgstorage.core.ports import Grant, ReturnKind, Transfer
 from imgstorage.planes.kernel import layout, talk
 from imgstorage.planes.kernel.talk import Request, Verb
 from imgstorage.tools.zfs import properties, snapshots, streams
+from tests.contract.bench import refused
 from tests.contract.nas_kernel import Connection, KernelLab
 from tests.contract.nas_lab import SECRET, SIZE
-from tests.contract.test_nas_plane import refused
 from tests.contract.test_nas_returns import BACK, WRITES, expected, sent
 
 pytestmark = pytest.mark.real

@@ -12,8 +12,8 @@ import pytest
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Volume
 from imgstorage.core.ports import ImageInfo
+from tests.contract.bench import refused
 from tests.contract.nas_lab import SIZE, Lab
-from tests.contract.test_nas_plane import refused
 
 pytestmark = pytest.mark.real
 MIB = 1 << 20

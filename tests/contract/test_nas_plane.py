@@ -5,27 +5,19 @@ The way back has a file of its own, test_nas_returns.py; images too, test_nas_im
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
-from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Mode
 from imgstorage.core.names import PoolName, VolumeUuid
 from imgstorage.core.ports import ReturnKind, Stamp
+from tests.contract.bench import refused
 from tests.contract.nas_lab import FIRST, SECOND, SECRET, SIZE, Lab
 
 pytestmark = pytest.mark.real
 MIB = 1 << 20
-
-
-def refused(code: str, work: Callable[[], object]) -> ImgStorageError:
-    with pytest.raises(ImgStorageError) as caught:
-        work()
-    assert caught.value.code == code, caught.value
-    return caught.value
 
 
 # -- volumes ------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import pytest
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation, Mode
 from imgstorage.core.ports import Grant, ReturnKind
+from tests.contract.bench import refused
 from tests.contract.nas_lab import SECOND, SECRET, SIZE, Lab
-from tests.contract.test_nas_plane import refused
 
 pytestmark = pytest.mark.real
 MIB = 1 << 20

@@ -8,29 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Held
 from imgstorage.core.ports import CopyState, ReturnKind, ReturnPort
+from tests.contract.bench import refused
 from tests.contract.container_fixtures import Breaker, World, Writer, wait_for
 
 pytest_plugins = ("tests.contract.container_fixtures",)
 pytestmark = pytest.mark.real
 MIB = 1 << 20
-
-
-def refused(code: str, work: Callable[[], object]) -> None:
-    with pytest.raises(ImgStorageError) as caught:
-        work()
-    assert caught.value.code == code, caught.value
-
-
-@pytest.fixture
-def local(world: World) -> World:
-    """A volume that is local on the container, with something written to it."""
-    world.attach()
-    world.make_local()
-    world.write(2 * MIB, MIB, 6)
-    return world
 
 
 # -- the main path ------------------------------------------------------------------------------------------

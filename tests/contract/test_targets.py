@@ -13,9 +13,9 @@ import pytest
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.planes.common import names, targets
 from tests.contract import target_bench
+from tests.contract.bench import refused
 from tests.contract.nas_lab import SECOND, SECRET, free_portal
 from tests.contract.target_bench import DRIVERS, SIZE, Bench, ask
-from tests.contract.test_nas_plane import refused
 
 pytestmark = pytest.mark.real
 MIB = 1 << 20

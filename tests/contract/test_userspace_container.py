@@ -11,8 +11,8 @@ import pytest
 from imgstorage.core.mapping import Held
 from imgstorage.core.ports import CopyState, NasPlane, ReturnKind
 from imgstorage.tools.run import start_time
+from tests.contract.bench import refused
 from tests.contract.container_fixtures import SIZE, World, Writer, wait_for
-from tests.contract.test_container_plane import refused
 from tests.contract.userspace_bench import UserspaceBreaker, fill
 
 pytest_plugins = ("tests.contract.container_fixtures",)

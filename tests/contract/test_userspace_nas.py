@@ -14,10 +14,10 @@ import pytest
 
 from imgstorage.core.names import PoolName
 from imgstorage.core.ports import CopyState, Grant, Progress
+from tests.contract.bench import refused
 from tests.contract.nas_lab import SECOND, SECRET, SIZE
 from tests.contract.nas_userspace import UserspaceLab
 from tests.contract.test_nas_images import BYTES, raw
-from tests.contract.test_nas_plane import refused
 from tests.contract.test_nas_returns import BACK, WRITES
 from tests.mirror import make_overlay, qemu_io
 

@@ -41,6 +41,11 @@ class Ledger:
         """What was met of a volume. Raises ``corrupt``."""
         return files.read_json(self._path(volume), Seen)
 
+    def newest(self, volume: VolumeUuid) -> Generation | None:
+        """The newest generation that was met; None if none was. Raises ``corrupt``."""
+        seen = self.of(volume)
+        return seen.generation if seen is not None else None
+
     def meet(self, volume: VolumeUuid, generation: Generation) -> None:
         """Record, durably, that this generation is about to be attached."""
         self._write(volume, Seen(generation=generation))

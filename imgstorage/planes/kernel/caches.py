@@ -32,8 +32,7 @@ def pool(name: PoolName) -> Pool | None:
         if error.reason is Reason.MISSING:
             return None
         raise
-    used, available = seen.used_bytes, seen.available_bytes
-    return Pool(name=name, size_bytes=used + available, free_bytes=layout.free_bytes(used, available))
+    return layout.pool(name, seen.used_bytes, seen.available_bytes)
 
 
 def usable(record: CopyRecord, volume: Volume) -> bool:

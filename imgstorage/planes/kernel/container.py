@@ -98,8 +98,7 @@ class KernelContainer:
 
     def newest(self, volume: VolumeUuid) -> Generation | None:
         """See the protocol."""
-        seen = self._ledger.of(volume)
-        return seen.generation if seen is not None else None
+        return self._ledger.newest(volume)
 
     def check(self, volume: Volume, mode: Mode, pool: PoolName | None) -> PoolName | None:
         """See the protocol. Caches are dropped, longest unused first, if that makes room."""

@@ -21,7 +21,7 @@ from imgstorage.planes.kernel.record import CopyPhase
 from imgstorage.planes.kernel.talk import Hello, Request, Verb
 from imgstorage.planes.kernel.zvols import Role
 from imgstorage.tools.pipeline import Pipeline
-from imgstorage.tools.zfs import changes, errors, streams
+from imgstorage.tools.zfs import changes, streams
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +55,7 @@ def _run(holding: Holding, copying: Copying) -> None:
     except (ImgStorageError, OSError) as error:
         if copying.cancel.is_set():
             return
-        full = isinstance(error, errors.ZfsError) and error.reason is errors.Reason.NO_SPACE
-        full = full or (isinstance(error, ImgStorageError) and error.code == "no_space")
+        full = isinstance(error, ImgStorageError) and error.code == "no_space"
         log.warning("copy of %s: %s", holding.known.name, error)
         state, reason = (CopyState.PAUSED, POOL_FULL) if full else (CopyState.FAILED, str(error))
         copying.progress = replace(copying.progress, state=state, reason=reason)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation
 from imgstorage.core.names import PoolName, VolumeName
+from imgstorage.core.ports import Pool
 
 VOLBLOCKSIZE_BYTES = 16 << 10
 """A guest's pages and file systems write 4 to 16 KiB: 128K would read and write eight times that, 8K doubles the
@@ -92,3 +93,9 @@ def free_bytes(used_bytes: int, available_bytes: int) -> int:
     """
     kept = min((used_bytes + available_bytes) // KEPT_SHARE, KEPT_MOST_BYTES)
     return max(0, available_bytes - kept)
+
+
+def pool(name: PoolName, used_bytes: int, available_bytes: int) -> Pool:
+    """A pool's figures, of what its dataset says."""
+    free = free_bytes(used_bytes, available_bytes)
+    return Pool(name=name, size_bytes=used_bytes + available_bytes, free_bytes=free)

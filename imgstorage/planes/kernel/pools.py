@@ -110,5 +110,4 @@ def _filesystem(name: str) -> Dataset | None:
 
 
 def _pool(name: PoolName, found: Dataset) -> Pool:
-    used, available = found.used_bytes, found.available_bytes
-    return Pool(name=name, size_bytes=used + available, free_bytes=layout.free_bytes(used, available))
+    return layout.pool(name, found.used_bytes, found.available_bytes)

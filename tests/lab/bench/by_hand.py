@@ -97,17 +97,20 @@ def spawn_cost(runs: int) -> list[float]:
 # -- the NAS ------------------------------------------------------------------------------------------------
 
 
-def create(size_bytes: int) -> dict[str, Any]:
-    """A thin volume, sealed by a snapshot."""
-    steps = Steps()
-    argv = datasets.create_volume_argv(
+def _thin_volume_argv(size_bytes: int) -> list[str]:
+    return datasets.create_volume_argv(
         VOLUME,
         size_bytes,
         volblocksize_bytes=layout.VOLBLOCKSIZE_BYTES,
         sparse=True,
         properties=layout.VOLUME_PROPERTIES,
     )
-    steps.run("zfs create", argv)
+
+
+def create(size_bytes: int) -> dict[str, Any]:
+    """A thin volume, sealed by a snapshot."""
+    steps = Steps()
+    steps.run("zfs create", _thin_volume_argv(size_bytes))
     steps.do("device of the volume", lambda: blockdev.wait_zvol(VOLUME, size_bytes, deadline_s=WAIT_S))
     steps.run("zfs set readonly", datasets.set_argv(VOLUME, {"readonly": "on"}))
     steps.run("zfs snapshot", snapshots.snapshot_argv(f"{VOLUME}@{BASE}", {}))
@@ -359,14 +362,7 @@ def write_some(path: str, length: int) -> None:
 def dd(disk: str, size_bytes: int) -> dict[str, Any]:
     """Read a whole iSCSI disk into a zvol."""
     steps = Steps()
-    argv = datasets.create_volume_argv(
-        VOLUME,
-        size_bytes,
-        volblocksize_bytes=layout.VOLBLOCKSIZE_BYTES,
-        sparse=True,
-        properties=layout.VOLUME_PROPERTIES,
-    )
-    _output(argv)
+    _output(_thin_volume_argv(size_bytes))
     path = blockdev.wait_zvol(VOLUME, size_bytes, deadline_s=WAIT_S).path
     steps.run("dd", ["dd", f"if={disk}", f"of={path}", "bs=1M", "iflag=direct", "conv=sparse,fsync"])
     return steps.given()
