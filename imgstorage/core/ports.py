@@ -229,12 +229,22 @@ class NasPlane(Protocol):
     """What a NAS does with volumes, targets and what comes back."""
 
     def start(self) -> None:
-        """Bring up (or adopt) what exports need: the target daemon. Raises ``tool_missing``, ``failed``."""
+        """Bring up (or adopt) what exports need: the target daemon. Raises ``tool_missing``, ``failed``.
+
+        Every live grant has to be exported again, and :meth:`open` called then.
+        """
         ...
 
     def tend(self) -> bool:
-        """One round of care, called on a timer: see that the target daemon runs. True if it had to be started:
-        every live grant has to be exported again."""
+        """One round of care, called on a timer: see that the target daemon runs. True as long as containers are kept
+        out, or if targets are gone: every live grant has to be exported again, and :meth:`open` called then."""
+        ...
+
+    def open(self) -> None:
+        """Let containers in, if they are not yet: what they may find is exported.
+
+        Raises ``conflict`` (somebody else has the portal), ``tool_failed``.
+        """
         ...
 
     def stop(self) -> None:

@@ -3,11 +3,16 @@
 Reconcile compares what the database says with what is there, at every start, whenever a container or the
 broker comes back, and on a timer: a target that should be there and is not, a target that nobody owns, a
 release that a container has not yet heard of.
+
+Containers are let in once everything was exported again that was, or could not be: one bad volume keeps out nobody
+else, and neither does a step that hangs, for longer than OPEN_WITHIN_S.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Collection
 
 from imgstorage import __version__
 from imgstorage.core import events as ev
@@ -58,6 +63,8 @@ from imgstorage.engine.world import World
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 2.0
+OPEN_WITHIN_S = 30.0
+"""After how long containers are let in though some step that offers a volume again has not ended."""
 HEARD_S = 15.0
 """For how long a container is believed that a guest's writes wait: it says so every 5 s."""
 TRASH_EVERY_S = 60.0
@@ -71,6 +78,7 @@ REPORTS = (
     StepFailed,
 )  # fmt: skip
 RECEIVING = MAY_RUN[Step.OPEN_RETURN]
+OFFERED = EXPORTED | RECEIVING | MAY_RUN[Step.GROW]
 STEPS = frozenset(step.value for step in TOLD)
 
 
@@ -96,6 +104,9 @@ class NasEngine:
         self._requests = Requests(world, records, plane, driver=self._driver, book=self._book, jobs=self._jobs)
         self._progress: dict[VolumeUuid, tuple[Progress, float]] = {}
         self._alarms: dict[str, str] = {}
+        self._door = threading.RLock()
+        self._awaited: set[VolumeUuid] = set()
+        self._shut_since: float | None = None
         handlers: dict[type[Message], Handler] = {
             **dict.fromkeys(REQUESTS, self._requests.accept),
             **dict.fromkeys(REPORTS, self._report),
@@ -119,6 +130,7 @@ class NasEngine:
         driven = frozenset(op for one in mappings for op in (one.op, one.unmap_op, one.map_op) if op is not None)
         for mapping in mappings:
             self._driver.restarted(mapping)
+        self._open_after([mapping.volume for mapping in mappings if mapping.phase in OFFERED])
         self._jobs.resume(driven)
         self._release_soon()
         self._tasks.run("look", self._look, LOOK_EVERY_S)
@@ -220,16 +232,51 @@ class NasEngine:
     def _look(self) -> None:
         """Compare what should be exported with what is, on a timer."""
         try:
-            self._plane.tend()
-            self._compare()
+            with self._door:
+                shut = self._plane.tend()
+                again = self._compare()
+                if shut:
+                    self._open_after(again)
             self._tell_releases()
-            self._alarms.pop("targets", None)
+            if not shut:
+                self._alarms.pop("targets", None)
         except ImgStorageError as error:
-            if self._alarms.get("targets") != str(error):
-                log.error("cannot look after the targets: %s", error)
-            self._alarms["targets"] = str(error)
+            self._alarm_of_targets(error)
         finally:
             self._tasks.run("look", self._look, LOOK_EVERY_S)
+
+    def _alarm_of_targets(self, error: ImgStorageError) -> None:
+        if self._alarms.get("targets") != str(error):
+            log.error("cannot look after the targets: %s", error)
+        self._alarms["targets"] = str(error)
+
+    def _open_after(self, volumes: Collection[VolumeUuid]) -> None:
+        """Let containers in once what was asked of these volumes just now was done, or has failed."""
+        with self._door:
+            self._shut_since = self._clock.now() if self._shut_since is None else self._shut_since
+            self._awaited.update(volumes)
+        for volume in volumes:
+            self._tasks.run(f"volume:{volume}", lambda volume=volume: self._open_unless_awaited(volume))  # type: ignore[misc]
+        self._tasks.run("open", self._open_unless_awaited)
+
+    def _open_unless_awaited(self, done: VolumeUuid | None = None) -> None:
+        with self._door:
+            if done is not None:
+                self._awaited.discard(done)
+            if self._shut_since is None:
+                return
+            waited_s = self._clock.now() - self._shut_since
+            if self._awaited and waited_s < OPEN_WITHIN_S:
+                return
+            try:
+                self._plane.open()
+            except ImgStorageError as error:  # tried again on the timer
+                self._alarm_of_targets(error)
+                return
+            if self._awaited:
+                log.warning("containers are let in, though %d volumes are not offered again yet", len(self._awaited))
+            self._awaited.clear()
+            self._shut_since = None
 
     def _empty_trash(self) -> None:
         """Destroy what was removed long enough ago, on a timer."""
@@ -245,9 +292,11 @@ class NasEngine:
         finally:
             self._tasks.run("trash", self._empty_trash, TRASH_EVERY_S)
 
-    def _compare(self) -> None:
+    def _compare(self) -> list[VolumeUuid]:
+        """Have what is not as it should be made so; returns the volumes that are offered again."""
         seen = {export.iqn: export for export in self._plane.exports()}
         wanted: set[str] = set()
+        again: list[VolumeUuid] = []
         for mapping in self._records.mappings():
             portal = self._records.portal(mapping.volume)
             port = self._steps.ports.get(mapping.volume)
@@ -258,12 +307,14 @@ class NasEngine:
             if mapping.phase is not Phase.EXPORTING and any(iqn not in seen for iqn in iqns):
                 log.warning("a target of %s is gone: made again", mapping.volume)
                 self._driver.restarted(mapping)
+                again.append(mapping.volume)
         mappings = self._records.mappings()
         self._forget_idle({mapping.volume for mapping in mappings})
         owned = {str(mapping.generation) for mapping in mappings}
         for iqn, export in seen.items():
             if iqn not in wanted and export.generation is not None and export.generation not in owned:
                 self._unexport_orphan(export.volume_name, export.generation)
+        return again
 
     def _forget_idle(self, mapped: set[VolumeUuid]) -> None:
         for volume in list(self._progress):

@@ -27,7 +27,6 @@ import contextlib
 import errno
 import importlib
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -220,23 +219,6 @@ def claimed(device: Path) -> bool:
         return error.errno == errno.EBUSY
     os.close(fd)
     return False
-
-
-def check_portal(address: str, port: int) -> None:
-    """Raises ``conflict`` if nobody could listen there, ``failed`` for an address that this host does not have."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-            probe.listen(1)
-        except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
-            raise ImgStorageError(
-                "conflict" if taken else "failed",
-                f"LIO cannot listen on {address}, port {port}: {error.strerror}",
-                hint="another target may have the port; or name another address or port",
-            ) from None
 
 
 # -- making and removing ------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ What it does that is not obvious
 * A LUN's serial keeps its first 36 characters. Sizes are printed rounded: ask the file instead.
 * The access list is "any of": an initiator-address entry lets in every initiator on that address.
 * Secrets can be given on the command line only. They are masked in logs.
+* A daemon that is given no portal, or none that it can bind, listens on port 3260 of every address. Port 0 is any free
+  port, which ``show`` names.
 * A peer that connects to the control socket and goes without a request is never let go: tgtd keeps the connection and
   spins on it. Nobody may look whether it listens by connecting; :meth:`Tgt.pid` asks the kernel for the lock it holds.
 """
@@ -117,6 +119,16 @@ def show_accounts_argv() -> list[str]:
 def show_portals_argv() -> list[str]:
     """The addresses that the daemon listens on."""
     return _argv("show", "portal")
+
+
+def new_portal_argv(portal: str) -> list[str]:
+    """Listen there too."""
+    return _argv("new", "portal", "--param", f"portal={portal}")
+
+
+def delete_portal_argv(portal: str) -> list[str]:
+    """Listen there no more; sessions stay."""
+    return _argv("delete", "portal", "--param", f"portal={portal}")
 
 
 def new_target_argv(tid: int, name: str) -> list[str]:
@@ -377,6 +389,19 @@ class Tgt:
     def portals(self) -> list[str]:
         """The portals that the daemon listens on; one it could not bind is missing. Raises as :meth:`targets`."""
         return parse_portals(self._show(show_portals_argv()))
+
+    def new_portal(self, portal: str) -> None:
+        """Listen on ``address:port``. Raises ``conflict`` if the daemon cannot, ``tool_failed``."""
+        if self._run(new_portal_argv(portal), INVALID):
+            raise ImgStorageError(
+                "conflict",
+                f"tgtd cannot listen on {portal}",
+                hint="another target daemon may have the port; or name another address or port",
+            )
+
+    def delete_portal(self, portal: str) -> None:
+        """Listen on ``address:port`` no more; no error if it does not."""
+        self._run(delete_portal_argv(portal), INVALID)
 
     def new_target(self, tid: int, name: str) -> None:
         """Make a target that nobody may log in to yet. Raises ``exists`` if the number or the name is taken."""

@@ -206,6 +206,7 @@ def other_end(tmp: Path, image_dir: Path, pool_bytes: int) -> Iterator[NasPlane]
     )
     try:
         nas.start()
+        nas.open()
         yield nas
     finally:
         nas.stop()

@@ -35,6 +35,7 @@ def lab(tmp_path: Path, import_dir: Path) -> Iterator[Lab]:
     with SURROUNDINGS[os.environ.get("IMGSTORAGE_TEST_PLANE", "userspace")](tmp_path, import_dir) as made:
         try:
             made.plane.start()
+            made.plane.open()
             yield made
         finally:
             try:

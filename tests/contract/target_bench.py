@@ -208,6 +208,7 @@ def bench(name: str, folder: Path) -> Iterator[Bench]:
     made = Bench(name, folder, address, port)
     try:
         made.targets.ensure()
+        made.targets.open()
         yield made
     finally:
         made.targets.stop()

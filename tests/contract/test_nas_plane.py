@@ -13,7 +13,8 @@ import pytest
 from imgstorage.core.mapping import Generation, Mode
 from imgstorage.core.names import PoolName, VolumeUuid
 from imgstorage.core.ports import ReturnKind, Stamp
-from tests.contract.bench import refused
+from tests.contract.bench import DEADLINE_S, refused
+from tests.contract.knocking import knocking
 from tests.contract.nas_lab import FIRST, SECOND, SECRET, SIZE, Lab
 
 pytestmark = pytest.mark.real
@@ -151,9 +152,28 @@ def test_what_a_killed_target_daemon_offered_is_offered_again(lab: Lab) -> None:
     assert lab.plane.tend() is False
     lab.kill_targets()
     assert lab.plane.tend() is True
-    assert lab.plane.tend() is False
+    assert lab.plane.tend() is True, "nobody has exported and opened yet"
     assert lab.plane.exports() == []
     assert lab.plane.export(grant, SECRET) == portal
+    lab.plane.open()
+    assert lab.plane.tend() is False
+    assert lab.holds(portal, 7, 0, MIB)
+
+
+def test_nobody_is_let_in_before_what_was_exported_is_again(lab: Lab) -> None:
+    grant = lab.grant(lab.made(pattern=7))
+    portal = lab.plane.export(grant, SECRET)
+    lab.kill_targets()
+    with knocking(portal.address, portal.port) as let_in:
+        assert lab.plane.tend() is True
+        lab.restart()  # what keeps them out outlives the one who does
+        assert lab.plane.tend() is True
+        lab.plane.export(grant, SECRET)
+        assert not let_in.is_set()
+        lab.plane.open()
+        assert let_in.wait(DEADLINE_S)
+    lab.plane.open()
+    assert lab.plane.tend() is False
     assert lab.holds(portal, 7, 0, MIB)
 
 
@@ -342,6 +362,7 @@ def test_stop_ends_everything_and_start_brings_it_back(lab: Lab) -> None:
     refused("tool_failed", lambda: lab.io(portal, "read 0 512"))
     lab.plane.start()
     assert lab.plane.export(grant, SECRET) == portal
+    lab.plane.open()
     assert lab.holds(portal, 7, 0, MIB)
 
 

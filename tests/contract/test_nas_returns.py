@@ -257,10 +257,12 @@ def test_the_target_daemon_killed_during_a_way_back(lab: Lab, grant: Grant) -> N
     port = lab.plane.open_return(grant, BACK, 1, SECRET)
     lab.kill_targets()
     assert lab.plane.tend() is True
+    lab.plane.open()
     assert lab.plane.open_return(grant, BACK, 1, SECRET) == port
     digest = lab.send(port, lab.layer(*WRITES))
     lab.kill_targets()
     assert lab.plane.tend() is True
+    lab.plane.open()
     lab.plane.apply_return(grant, lab.plane.verify_return(grant, 1, digest))
     assert lab.bytes_of(grant.volume) == expected(before)
 

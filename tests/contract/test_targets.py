@@ -171,6 +171,7 @@ def test_what_foreign_hands_took_away_is_seen_to_be_gone_and_made_again(bench: B
     assert bench.seen(offer) is None
     bench.targets.ensure()
     bench.make(offer)
+    bench.targets.open()
     bench.io(offer, "read 0 4k")
 
 

@@ -156,6 +156,7 @@ def record_tgtadm(work: Path) -> None:
         out.truncate(16 << 20)
     record("no-daemon", tgtadm.show_targets_argv())
     targets.ensure()
+    targets.open()
     try:
         record("targets-none", tgtadm.show_targets_argv())
         record("accounts-none", tgtadm.show_accounts_argv())

@@ -180,6 +180,7 @@ class Cluster:
     def lose_targets(self, nas: HostName) -> None:
         """The target daemon dies."""
         self.nas_disks[nas].targets.clear()
+        self.nas_disks[nas].open = False
 
     def reboot(self, name: str) -> None:
         """The host itself: what it serves is gone until its daemon has started again."""

@@ -70,7 +70,7 @@ class Target:
 
 @dataclass
 class NasDisk:
-    """``pools`` with their size; targets are gone after a reboot, the rest is not."""
+    """``pools`` with their size; targets are gone after a reboot, and nobody is let in (``open``); the rest stays."""
 
     pools: dict[PoolName, int]
     files: dict[tuple[str, str], VolumeFile] = field(default_factory=dict)
@@ -81,6 +81,7 @@ class NasDisk:
     dumps: dict[str, Blocks] = field(default_factory=dict)
     images: dict[str, tuple[int, Blocks]] = field(default_factory=dict)
     up: bool = True
+    open: bool = True
 
     def file_of(self, uuid: VolumeUuid) -> VolumeFile | None:
         return next((one for one in self.files.values() if one.volume.uuid == uuid), None)

@@ -43,7 +43,11 @@ class MemoryNas:
 
     def tend(self) -> bool:
         self._point("tend")
-        return False
+        return not self._disk.open
+
+    def open(self) -> None:
+        self._point("open")
+        self._disk.open = True
 
     def pools(self) -> Sequence[Pool]:
         return [Pool(name=name, size_bytes=size, free_bytes=size) for name, size in self._disk.pools.items()]

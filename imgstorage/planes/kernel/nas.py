@@ -99,6 +99,10 @@ class KernelNas:
         self._transfers.ensure()
         return self._targets.ensure()
 
+    def open(self) -> None:
+        """As :meth:`NasPlane.open`."""
+        self._targets.open()
+
     def stop(self) -> None:
         """As :meth:`NasPlane.stop`."""
         self._transfers.stop()

@@ -106,6 +106,10 @@ class UserspaceNas:
         """As :meth:`NasPlane.tend`. A daemon that was killed, or that hangs, is started anew."""
         return self._targets.ensure()
 
+    def open(self) -> None:
+        """As :meth:`NasPlane.open`."""
+        self._targets.open()
+
     def stop(self) -> None:
         """As :meth:`NasPlane.stop`."""
         self._targets.stop()

@@ -10,6 +10,7 @@ Rules beside those of the protocol
 * A target is offered in this order: storage object with its serial, portal group (shut), LUN, initiator with CHAP,
   portal; then it is opened.
 * A target counts as removed when LIO neither lists it nor its storage object, and nobody holds the device exclusively.
+* The portal is each target's own: it opens with the first, so after a reboot a login may find its target not there yet.
 * One lock for all who drive LIO with this module, around each look and change.
 """
 
@@ -26,6 +27,7 @@ from imgstorage.planes.common import files, names
 from imgstorage.planes.common.targets.protocol import LUN, Offer, Seen, portal_text
 from imgstorage.tools import lio
 from imgstorage.tools.lio import Found, Initiator, Storage, Target
+from imgstorage.tools.portal import check_portal
 
 PREFIX = "imgstorage-"
 LOCK = Path("/run/imgstorage-lio.lock")
@@ -75,10 +77,13 @@ class LioTargets:
         with self._locked():
             found = [one.target for one in lio.targets()]
             if not any(self._portal in target.portals for target in found):
-                lio.check_portal(self.address, self.port)
+                check_portal(self.address, self.port)
             gone = self._made - {target.iqn for target in found}
             self._made -= gone
             return bool(gone)
+
+    def open(self) -> None:
+        """As :meth:`Targets.open`: each target is open once it is made."""
 
     def stop(self) -> None:
         """As :meth:`Targets.stop`."""

@@ -9,6 +9,8 @@ Rules for all
   was under way has ended by then.
 * What somebody else offers is shown, and never touched.
 * Targets outlive the process that made them, and nothing brings them back after a reboot but a new offer.
+* Nobody is let in at the portal before everything is offered that was: an initiator that finds its target missing may
+  take that for the end (its login is refused, not only late).
 """
 
 from __future__ import annotations
@@ -60,9 +62,16 @@ class Targets(Protocol):
         ...
 
     def ensure(self) -> bool:
-        """See that targets can be offered at the portal; True if some that were offered are gone.
+        """See that targets can be made; True if everything has to be offered again, and :meth:`open` called then.
 
         Raises ``tool_missing``, ``failed``, ``conflict`` (somebody else has the portal).
+        """
+        ...
+
+    def open(self) -> None:
+        """Let initiators in at the portal, if they are not let in yet: all that was offered is offered again.
+
+        Raises ``conflict`` (somebody else has the portal), ``tool_failed``.
         """
         ...
 

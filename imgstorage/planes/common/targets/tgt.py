@@ -3,9 +3,10 @@
 Rules beside those of the protocol
 * It outlives the daemon that started it. Who has the control socket is asked of the kernel (by the lock that tgtd
   holds), so one whose starter died before writing anything down is adopted all the same; ``tgtd.json`` names it for
-  the case that the lock's file is gone. One that answers and has its portal is never ended.
-* tgtd goes on, and answers, when its portal's port is taken by another: it counts as up only if it has the
-  portal. It knows nothing after a restart: whoever calls :meth:`Targets.ensure` makes the targets again.
+  the case that the lock's file is gone. One that answers is never ended.
+* It knows nothing after a restart, and gets the NAS's portal last, by :meth:`Targets.open`. While it lacks it, its
+  targets count as still to be made, also if whoever started it has died. As tgtd does not start without a portal, it
+  starts with a free port of loopback, which is taken away before anything is offered.
 * A target is offered in this order: target, LUN, its parameters, account, and the access list last.
 * A writable LUN is opened O_SYNC: after a crash of the NAS an initiator's next flush would succeed although
   acknowledged writes were gone.
@@ -34,6 +35,7 @@ from pathlib import Path
 from imgstorage.core.errors import ImgStorageError
 from imgstorage.planes.common import files
 from imgstorage.planes.common.targets.protocol import LUN, Offer, Seen, portal_text
+from imgstorage.tools.portal import check_portal
 from imgstorage.tools.run import spawn, start_time, wait_gone
 from imgstorage.tools.tgtadm import Target, Tgt
 
@@ -46,6 +48,8 @@ CLOSE_TIMEOUT_S = 20.0
 LOCK_TIMEOUT_S = 60.0
 POLL_S = 0.002
 RESTART_PAUSE_S = 0.1
+NOWHERE = "127.0.0.1:0"
+"""Where tgtd listens until its first portal is taken away: a free port of loopback."""
 
 
 @dataclass(frozen=True)
@@ -112,16 +116,31 @@ class TgtTargets:
     # -- the daemon ------------------------------------------------------------------------------------------
 
     def ensure(self) -> bool:
-        """As :meth:`Targets.ensure`: tgtd runs, answers and has its portal; one that was started knows nothing."""
+        """As :meth:`Targets.ensure`: tgtd runs, answers, and listens nowhere but on the portal."""
         with self._locked():
             process = self._running()
-            if process is not None and self._has_portal():
-                self._write_record(process)
-                return False
-            if process is not None:
+            portals = self._portals() if process is not None else None
+            if process is not None and portals is None:
                 self._kill(process)
-            self._start()
-            return True
+            if process is None or portals is None:
+                check_portal(self.address, self.port)
+                self._start()
+                portals = self._tgt.portals()
+            else:
+                self._write_record(process)
+            self._close(portals)
+            return self._portal not in portals
+
+    def open(self) -> None:
+        """As :meth:`Targets.open`."""
+        with self._locked():
+            if self._portal not in self._tgt.portals():
+                self._tgt.new_portal(self._portal)
+
+    def _close(self, portals: Sequence[str]) -> None:
+        for portal in portals:
+            if portal != self._portal:
+                self._tgt.delete_portal(portal)
 
     def stop(self) -> None:
         """As :meth:`Targets.stop`."""
@@ -175,18 +194,18 @@ class TgtTargets:
             if not wait_gone(process.pid, STOP_TIMEOUT_S):
                 raise ImgStorageError("failed", f"tgtd, pid {process.pid}, cannot be ended")
 
-    def _has_portal(self) -> bool:
-        """Whether it serves. Only a daemon that does not answer counts as dead: what else goes wrong is raised,
-        because the daemon may be serving guests."""
+    def _portals(self) -> list[str] | None:
+        """Where it listens; None if it does not answer. Only such a daemon counts as dead: what else goes wrong is
+        raised, because the daemon may be serving guests."""
         try:
-            return self._portal in self._tgt.portals()
+            return self._tgt.portals()
         except ImgStorageError as error:
             if error.code != "tool_failed":
                 raise
-            return False
+            return None
 
     def _start(self) -> None:
-        argv = ["tgtd", "-f", "-C", "0", "-t", str(IO_THREADS), "--iscsi", f"portal={self._portal}"]
+        argv = ["tgtd", "-f", "-C", "0", "-t", str(IO_THREADS), "--iscsi", f"portal={NOWHERE}"]
         log_file = self._folder / "tgtd.log"
         env = {"TGT_IPC_SOCKET": str(self._folder / "ctl")}
         self._secrets.clear()
@@ -204,13 +223,6 @@ class TgtTargets:
                 time.sleep(RESTART_PAUSE_S)
                 pid = spawn(argv, log_file=log_file, env=env)
         self._write_record(process)
-        if not self._has_portal():
-            self._abandon(pid)
-            raise ImgStorageError(
-                "conflict",
-                f"tgtd cannot listen on {self._portal}",
-                hint="another target daemon may have the port; or name another address or port",
-            )
 
     def _abandon(self, pid: int) -> None:
         began = start_time(pid)
