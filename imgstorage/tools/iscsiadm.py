@@ -9,7 +9,8 @@ What it does that is not obvious
   deadline here is longer than that. Commands are run one at a time on a host, by a lock of our own.
 * iscsiadm starts iscsid if it is not there, by ``iscsid.startup`` of iscsid.conf, else as a child of its own.
 * A lost session is logged in again without end, also while the target is not there (yet), after a new start of
-  iscsid too. tgt in the meantime must not let the session in to a target without its LUN: that fails commands.
+  iscsid too; but see tools/iscsid.py. tgt in the meantime must not let the session in to a target without its LUN:
+  that fails commands.
 * Statuses (iscsiadm(8)): 15 at login, 21 at logout and in lists say that what was wanted holds already.
 """
 
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imgstorage.core.errors import ImgStorageError
+from imgstorage.tools import iscsid
 from imgstorage.tools.iscsi_record import Node, Settings, checked_iqn, record_text
 from imgstorage.tools.run import Result, run
 
@@ -47,11 +49,11 @@ REASONS = {
 DATABASE = Path("/etc/iscsi")
 LOCK = Path("/run/lock/imgstorage-iscsiadm")
 INITIATOR_NAME = Path("/etc/iscsi/initiatorname.iscsi")
-DAEMON_SOCKET = "\0ISCSIADM_ABSTRACT_NAMESPACE"
-"""Where iscsid listens (unix(7), abstract)."""
-
 TIMEOUT_S = 90.0
 """More than LOGIN_TRIES logins, and than 30 s for a lock that was left."""
+POLL_S = 0.1
+START_S = 15.0
+"""For a new iscsid to listen."""
 
 _PORTAL = r"(?:\[([0-9a-fA-F:.%]+)\]|([^\s\[\]:,]+)):(\d+),(-?\d+)"
 _NODE_LINE = re.compile(rf"{_PORTAL} (\S+)")
@@ -89,6 +91,12 @@ def sessions_argv() -> list[str]:
 def iscsid_argv() -> list[str]:
     """The daemon in the foreground. There is one on a host: it has one socket, and the kernel talks to one."""
     return ["iscsid", "-f"]
+
+
+def states_argv() -> list[str]:
+    """All sessions with what iscsid says of each: it is started if it does not run, which :func:`sessions_argv` does
+    not need it for."""
+    return ["iscsiadm", "-m", "session", "-P", "1"]
 
 
 # -- parsers ------------------------------------------------------------------------------------------------
@@ -144,7 +152,24 @@ class Initiator:
         """Whether iscsid listens in this network namespace."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
             line.settimeout(TIMEOUT_S)
-            return line.connect_ex(DAEMON_SOCKET) == 0
+            return line.connect_ex(f"\0{iscsid.ADDRESS}") == 0
+
+    def restart_daemon(self) -> None:
+        """Have another iscsid; sessions stay, and each is logged in anew.
+
+        Raises ``busy`` at once while another iscsiadm runs, ``failed`` if the old one does not end, ``timeout`` if no
+        new one comes.
+        """
+        with _alone(self.lock, timeout_s=0):
+            iscsid.end()
+            until = time.monotonic() + START_S
+            while True:  # a systemd that has not yet seen the old one end may refuse to start another
+                run(states_argv(), timeout_s=START_S, check=False)
+                if self.daemon_runs():
+                    return
+                if time.monotonic() > until:
+                    raise ImgStorageError("timeout", f"iscsid was ended, and did not start again within {START_S:g} s")
+                time.sleep(POLL_S)
 
     def write_record(self, node: Node, settings: Settings) -> None:
         """Make or replace the record of a target, at once and for good. The next login goes by it."""
@@ -222,16 +247,16 @@ def failed(result: Result, node: Node | None = None) -> ImgStorageError:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _alone(path: Path, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
     """One iscsiadm at a time. The kernel gives the lock back when its holder dies. Raises ``busy``."""
-    until = time.monotonic() + TIMEOUT_S
+    until = time.monotonic() + timeout_s
     with open(path, "a") as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > until:
-                    raise ImgStorageError("busy", f"another iscsiadm has run for {TIMEOUT_S:g} s") from None
+                if time.monotonic() >= until:
+                    raise ImgStorageError("busy", f"another iscsiadm has run for {timeout_s:g} s") from None
                 time.sleep(0.005)
         yield

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ from imgstorage.tools import iscsi_record, iscsi_sysfs, iscsiadm
 from imgstorage.tools.iscsi_record import Node, Settings
 from imgstorage.tools.iscsi_sysfs import Sysfs
 from imgstorage.tools.iscsiadm import Initiator
+from imgstorage.tools.portal import answering
 from imgstorage.tools.run import environment, run
 from tests.recordings.iscsi import IQN, PORT, SECRET, SERIAL, Tree
 from tests.recordings.record import HERE, folders, load
@@ -165,12 +168,32 @@ def test_the_name_of_the_initiator() -> None:
 
 LISTEN = """
 import socket
-from imgstorage.tools.iscsiadm import DAEMON_SOCKET, Initiator
+from imgstorage.tools.iscsid import ADDRESS
+from imgstorage.tools.iscsiadm import Initiator
 print(Initiator().daemon_runs())
 with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
-    line.bind(DAEMON_SOCKET)
+    line.bind(f"\\0{ADDRESS}")
     line.listen()
     print(Initiator().daemon_runs())
+"""
+HELD = """
+import socket, subprocess, sys
+from imgstorage.tools import iscsid
+NAMED = "open('/proc/self/comm', 'w').write('iscsid'); print('ready', flush=True); import time; time.sleep(60)"
+with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:  # held here too, as by a systemd
+    line.bind(f"\\0{iscsid.ADDRESS}")
+    line.listen()
+    def named(*files):
+        made = subprocess.Popen([sys.executable, "-c", NAMED], stdout=subprocess.PIPE, pass_fds=files)
+        made.stdout.readline()
+        return made
+    ours, another = named(line.fileno()), named()
+    print(iscsid.pids() == [ours.pid])
+    iscsid.end()
+    print(iscsid.pids() == [], ours.wait() == -15, another.poll() is None)
+    iscsid.end()
+    another.kill()
+    another.wait()
 """
 
 
@@ -178,6 +201,27 @@ def test_whether_the_daemon_runs() -> None:
     # Abstract sockets belong to a network namespace: in a new one, no daemon of this machine is seen.
     argv = ["unshare", "--map-root-user", "--net", sys.executable, "-c", LISTEN]
     assert run(argv).stdout.split() == ["False", "True"]
+
+
+def test_the_daemon_is_whoever_listens_and_is_called_so_and_can_be_ended() -> None:
+    assert run(["unshare", "--map-root-user", "--net", sys.executable, "-c", HELD]).stdout.split() == ["True"] * 4
+
+
+def test_which_portals_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as open_, socket.socket() as shut, socket.socket() as full:
+        shut.bind(("127.0.0.1", 0))
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        with contextlib.ExitStack() as stack:
+            for _ in range(3):  # its queue: what comes after them waits
+                line = stack.enter_context(socket.socket())
+                line.setblocking(False)
+                line.connect_ex(full.getsockname())
+            began = time.monotonic()
+            where = [open_.getsockname(), shut.getsockname(), full.getsockname(), full.getsockname()]
+            assert answering(where, 0.5) == {open_.getsockname()}
+            assert time.monotonic() - began < 2
+    assert answering([], 0.5) == set()
 
 
 # -- records ------------------------------------------------------------------------------------------------

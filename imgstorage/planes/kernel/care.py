@@ -8,9 +8,10 @@ COW device is nearly full: then it goes on in the merge.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from imgstorage.core.errors import ImgStorageError
+from imgstorage.core.ports import Portal
 from imgstorage.planes.kernel import cow, device, hydrate, merge, session, tables
 from imgstorage.planes.kernel.holding import Holding
 from imgstorage.planes.kernel.record import OFFERED, CopyPhase
@@ -94,6 +95,12 @@ def _session(holding: Holding) -> str:
     if not known.needs_nas or known.grant.portal is None or session.up(holding.settings, known.grant.portal):
         return ""
     return f"{known.grant.nas} cannot be reached over iSCSI: reads of {known.name} wait for it"
+
+
+def portals(served: Iterable[Holding]) -> list[Portal]:
+    """Where the volumes are that cannot do without their NAS."""
+    known = [holding.record for holding in served]
+    return [one.grant.portal for one in known if one is not None and one.needs_nas and one.grant.portal is not None]
 
 
 def _cow(holding: Holding) -> str:

@@ -37,6 +37,7 @@ from imgstorage.planes.kernel.container_settings import ContainerSettings
 from imgstorage.planes.kernel.holding import Copying, Holding
 from imgstorage.planes.kernel.known import Known
 from imgstorage.planes.kernel.record import OFFERED, CopyPhase, CopyRecord
+from imgstorage.planes.kernel.stuck import Stuck
 from imgstorage.tools.zfs import changes, datasets
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class KernelContainer:
         self._known = Known(settings)
         self._taking = threading.Lock()
         self._said: dict[str, str] = {}
+        self._stuck = Stuck(settings)
         self._cut = True  # a device that was cut off may be here still
 
     # -- life -----------------------------------------------------------------------------------------------
@@ -358,6 +360,7 @@ class KernelContainer:
         by_uuid = {info.uuid: info for info in infos if device.CUT not in info.name}
         for holding in served:
             said[holding.uuid] = care.tend(holding, by_uuid)
+        said["iscsid"] = self._stuck.tend(care.portals(served))
         fresh = [text for key, text in said.items() if text and text != self._said.get(key)]
         self._said = said
         return fresh
