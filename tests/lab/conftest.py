@@ -64,7 +64,8 @@ class Progress:
         if terminal is None:
             return
         if report.failed:
-            terminal.write_line(f"\n{report.nodeid} failed:\n{report.longreprtext}")
+            parts = [f"--- {title}\n{text}" for title, text in report.sections]
+            terminal.write_line("\n".join([f"\n{report.nodeid} failed:", report.longreprtext, *parts]))
         if report.when == "teardown":
             outcome, took_s = _ran[report.nodeid]
             terminal.write_line(f"{time.strftime('%H:%M:%S')}  {outcome:7} {took_s:5.0f} s  {report.nodeid}")
