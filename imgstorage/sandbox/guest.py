@@ -26,7 +26,7 @@ from pathlib import Path
 from imgstorage.core.errors import EXIT_FAILED, EXIT_OK, ImgStorageError
 from imgstorage.core.names import host_name, volume_name
 from imgstorage.sandbox.guest_check import check
-from imgstorage.sandbox.guest_disk import Disk, find_device, open_disk
+from imgstorage.sandbox.guest_disk import Disk, open_disk
 from imgstorage.sandbox.guest_log import BLOCK, LogWriter, checksum, content, read_logs
 from imgstorage.tools import run
 
@@ -256,7 +256,15 @@ class Writer:
 
 def _write(options: argparse.Namespace) -> int:
     container, volume = host_name(options.container), volume_name(options.volume)
-    locate = (lambda: str(options.device)) if options.device else lambda: find_device(options.client, container, volume)
+
+    def locate() -> str:
+        if options.device:
+            return str(options.device)
+        # Here, because it is most of what starting takes, and an emulated machine starts many that need none of it.
+        from imgstorage.sandbox.guest_find import find_device
+
+        return find_device(options.client, container, volume)
+
     log = LogWriter(options.log)
     guest = Guest(
         locate,

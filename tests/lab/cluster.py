@@ -302,7 +302,7 @@ class Cluster:
         while not look():
             if time.monotonic() > end:
                 pytest.fail(f"after {within_s:g} s {volume} still is not {what}: {last}")
-            time.sleep(0.5)
+            time.sleep(1.0)  # a command takes a third of a second of a processor that the guests need
         return last
 
     def wait_phase(self, volume: str, *phases: str, within_s: float = SETTLE_S) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from tests.lab.network import remove_leftovers, running
 
 COMMAND_S = 86400.0
 RUN_TIMEOUT_S = 900
+LABS_AT_ONCE = 2
+"""A lab alone leaves a third of two cores idle: much of what is tested is waiting."""
+ALL, SEED = "--all", "--lab-seed"
 
 
 class Arguments:
@@ -53,8 +57,14 @@ def up(words: list[str]) -> int:
 def run(words: list[str]) -> int:
     build.artefact()  # before the tests' own clock runs
     environment = {**os.environ, build.MARK: str(build.cache())}
-    argv = [str(build_code.TOP / "admin/test"), "-n0", "--no-skips", "--timeout", str(RUN_TIMEOUT_S)]
+    argv = [str(build_code.TOP / "admin/test"), "--no-skips", "--timeout", str(RUN_TIMEOUT_S)]
+    named = any("::" in word for word in words)
+    argv += ["-n0"] if named else [f"-n{LABS_AT_ONCE}", "--dist", "worksteal"]
+    if not named and not any(word.startswith((ALL, SEED, "-k")) for word in words):
+        words = [*words, f"{SEED}={secrets.randbelow(10**6)}"]
+        say(f"some scenarios of each kind, chosen by {words[-1]}; {ALL} runs every one")
     which = [] if any(word.startswith("tests/") for word in words) else ["tests/lab"]
+    words = [word for word in words if word != ALL]
     return subprocess.run([*argv, *which, *words], env=environment, check=False).returncode
 
 

@@ -5,16 +5,15 @@ guests of its mark, ``@pytest.mark.hosts("nas-0-0", "compute-0-0", "compute-0-1"
 a pool ``tank`` on its disk ``tank``; no daemon of the project runs, nor tgtd, nor iscsid. ``cluster`` is a whole
 cluster on such guests: broker, frontend, and the daemons in the guests, all running.
 
-Scenarios (tests that use ``cluster`` or have the mark ``scenario``) and parts of the contract suites: those that are
-marked ``ci`` are run each time, and of the others one of each file and some more, chosen by a seed that is printed;
-``--lab-seed`` repeats a choice, ``--all`` runs every one.
+Scenarios (tests that use ``cluster`` or have the mark ``scenario``) and parts of the contract suites: with
+``--lab-seed`` those that are marked ``ci`` are run, and of the others one of each file and some more.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import secrets
+import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -35,8 +34,7 @@ _ran: dict[str, tuple[str, float]] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="the lab: every scenario")
-    parser.addoption("--lab-seed", type=int, help="the lab: which scenarios are chosen besides those marked ci")
+    parser.addoption("--lab-seed", type=int, help="the lab: a choice of its scenarios, the same for the same seed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,20 +44,31 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "nas(**settings): what the NAS of a scenario is configured with")
     config.addinivalue_line("markers", "ci: a scenario of the lab that is run each time")
     if MARK in os.environ:
-        config.pluginmanager.register(FailuresAtOnce(config))
+        config.pluginmanager.register(Progress(config))
 
 
-class FailuresAtOnce:
-    """A run takes hours: what failed is said when it fails, and again at the end."""
+class Progress:
+    """A run takes hours: what a test came to, how long it took and why it failed is said when it ends."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
 
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
+        """A hook of pytest: no dot for what has a line."""
+        return ("passed" if report.when == "call" else "", "", "") if report.passed else None
+
+    @pytest.hookimpl(trylast=True)  # when _ran knows of it
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A hook of pytest."""
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
-        if report.failed and terminal is not None:
-            terminal.write_line(f"\n{report.nodeid} failed:\n{report.longreprtext}")
+        if terminal is None:
+            return
+        if report.failed:
+            parts = [f"--- {title}\n{text}" for title, text in report.sections]
+            terminal.write_line("\n".join([f"\n{report.nodeid} failed:", report.longreprtext, *parts]))
+        if report.when == "teardown":
+            outcome, took_s = _ran[report.nodeid]
+            terminal.write_line(f"{time.strftime('%H:%M:%S')}  {outcome:7} {took_s:5.0f} s  {report.nodeid}")
 
 
 def _is_scenario(item: pytest.Item) -> bool:
@@ -72,12 +81,9 @@ def _is_scenario(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Choose scenarios, unless tests were named one by one."""
-    named = any("::" in word for word in config.args)
-    if config.getoption("--all", False) or config.getoption("keyword") or named:
+    """Choose scenarios: all workers the same."""
+    if (seed := config.getoption("--lab-seed", None)) is None:
         return
-    seed = config.getoption("--lab-seed", None)
-    seed = secrets.randbelow(10**6) if seed is None else seed
     dice = random.Random(seed)
     others = [item for item in items if _is_scenario(item) and not item.get_closest_marker("ci")]
     always = {item.path for item in items if item.get_closest_marker("ci")}
@@ -90,7 +96,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen += dice.sample(rest, min(ROTATED, len(rest)))
     left_out = [item for item in others if item not in chosen]
     if left_out:
-        print(f"\nscenarios chosen by --lab-seed={seed}: {', '.join(item.name for item in chosen)}")
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
 
@@ -108,6 +113,7 @@ def pytest_runtest_makereport(
     return report
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     outcome, took_s = _ran.get(report.nodeid, ("passed", 0.0))
     _ran[report.nodeid] = (outcome if report.passed else report.outcome, took_s + report.duration)
@@ -118,14 +124,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if not _ran or MARK not in os.environ or hasattr(config, "workerinput"):
         return
     terminalreporter.section("what ran in the lab")
-    last = ""
-    for name, (outcome, took_s) in _ran.items():
-        file, _, test = name.partition("::")
-        if file != last:
-            total_s = sum(s for other, (_, s) in _ran.items() if other.startswith(f"{file}::"))
-            terminalreporter.write_line(f"{file}  {total_s:.0f} s")
-        last = file
-        terminalreporter.write_line(f"  {outcome:7} {took_s:5.0f} s  {test}")
+    for file in dict.fromkeys(name.partition("::")[0] for name in _ran):
+        tests = {name.partition("::")[2]: ran for name, ran in _ran.items() if name.startswith(f"{file}::")}
+        terminalreporter.write_line(f"{file}  {sum(took_s for _, took_s in tests.values()):.0f} s")
+        for test, (outcome, took_s) in tests.items():
+            terminalreporter.write_line(f"  {outcome:7} {took_s:5.0f} s  {test}")
 
 
 class Labs:

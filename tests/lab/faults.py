@@ -140,8 +140,10 @@ def struck(
         attending = other.submit(attend)
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             failed.set()
+            if other_error := attending.exception(within_s):
+                error.add_note(f"{strike} failed before: {other_error!r}")
             raise
         left.set()
         attending.result(within_s)

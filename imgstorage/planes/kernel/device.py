@@ -102,8 +102,12 @@ def status(name: str) -> Status | None:
 
 
 def require_figures(name: str) -> Status:
-    """The status of a snapshot that is well. Raises ``corrupt`` for one that is not: its COW device is kept."""
-    seen = status(name)
+    """The status of a snapshot that is well, looked up. Raises as :func:`figures`."""
+    return figures(name, status(name))
+
+
+def figures(name: str, seen: Status | None) -> Status:
+    """This status, if the snapshot is well. Raises ``corrupt`` if it is not: its COW device is kept."""
     if seen is None or seen.state is not State.OK:
         raise ImgStorageError(
             "corrupt",

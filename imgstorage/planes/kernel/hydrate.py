@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from dataclasses import replace
@@ -27,7 +28,9 @@ log = logging.getLogger(__name__)
 
 POOL_FULL = "the pool is full"
 POLL_S = 0.1
-LOOK_S = 0.5
+SOONEST_LOOK_S, LATEST_LOOK_S = 0.5, 5.0
+LOOKS = 8
+"""A pool is looked at each time that a copy took one of so many parts of what was left: others take of it too."""
 
 
 def start(holding: Holding) -> None:
@@ -79,8 +82,8 @@ def _copy(holding: Holding, copying: Copying) -> None:
             stamp = {layout.STAMP: zvols.text(zvols.of(holding.known, Role.LOCAL)), "readonly": "on"}
             made = {**layout.VOLUME_PROPERTIES, **stamp} if fresh else {}
             argv = streams.receive_argv(f"{holding.local}@{offer.name}", properties=made)
-            _has_room(holding)
-            _follow(holding, line.receive(argv, holding.settings.copy_speed_bytes_s), copying, go.size_bytes)
+            looks = _Looks(holding)
+            _follow(line.receive(argv, holding.settings.copy_speed_bytes_s), copying, go.size_bytes, looks)
         with contextlib.suppress(ImgStorageError):
             line.finish()  # what arrived is compared, whatever ssh says of its end
     with holding.lock:
@@ -117,24 +120,40 @@ def _plan(holding: Holding, hello: Hello, offer: talk.Offer) -> tuple[Request, b
     return Request(verb=Verb.SEND), True
 
 
-def _has_room(holding: Holding) -> None:
-    """Raises ``no_space``: before a copy takes the last of a pool, and with it what the guest's writes need."""
+def _room(holding: Holding) -> float:
+    """Bytes that a copy may take of its pool. Raises ``no_space`` before it takes what guests' writes may need."""
     name = holding.known.pool
     found = caches.pool(name) if name is not None else None
     if found is not None and not found.free_bytes:
         raise ImgStorageError("no_space", f"pool {name} has no more than its guests' writes may need")
+    return found.free_bytes if found is not None else math.inf
 
 
-def _follow(holding: Holding, pipeline: Pipeline, copying: Copying, stream_bytes: int) -> None:
+class _Looks:
+    """When to look how much room a pool has."""
+
+    def __init__(self, holding: Holding) -> None:
+        self._holding = holding
+        self._bytes = 0
+        self._room = _room(holding)
+        self._at = time.monotonic()
+
+    def look(self, received_bytes: int) -> None:
+        """Look if it is time to, given what has been received so far. Raises as :func:`_room`."""
+        passed_s = time.monotonic() - self._at
+        came = received_bytes - self._bytes
+        if passed_s >= LATEST_LOOK_S or (passed_s >= SOONEST_LOOK_S and came >= self._room / LOOKS):
+            self._room = _room(self._holding)
+            self._at, self._bytes = time.monotonic(), received_bytes
+
+
+def _follow(pipeline: Pipeline, copying: Copying, stream_bytes: int, looks: _Looks) -> None:
     """Until the stream has been received. Raises why it was not."""
     before = copying.progress.wire_bytes
     total = copying.progress.total_bytes
-    look_at = time.monotonic() + LOOK_S
     while (outcome := pipeline.poll()) is None:
-        if time.monotonic() >= look_at:
-            _has_room(holding)
-            look_at = time.monotonic() + LOOK_S
         wire = pipeline.progress().bytes_done
+        looks.look(wire)
         done = min(total, total * wire // stream_bytes) if stream_bytes else 0
         copying.progress = replace(copying.progress, done_bytes=done, wire_bytes=before + wire)
         copying.cancel.wait(POLL_S)

@@ -14,7 +14,7 @@ from imgstorage.core.ports import CopyState, Progress
 from imgstorage.planes.kernel import cow, device, hydrate, session, tables
 from imgstorage.planes.kernel.holding import Holding
 from imgstorage.planes.kernel.record import CopyPhase
-from imgstorage.tools.dmsetup.tables import Linear, SnapshotMerge, State
+from imgstorage.tools.dmsetup.tables import Linear, SnapshotMerge, State, Status
 from imgstorage.tools.zfs import datasets
 from imgstorage.tools.zfs.errors import Reason, ZfsError
 
@@ -65,18 +65,19 @@ def _go_on(holding: Holding) -> int:
     """Bring the merge on; returns about how many bytes are left (0: ``local``). Raises ``corrupt``, ``failed``."""
     known = holding.known
     name = holding.device_name
+    info = device.own_info(name, holding.dm_uuid)
+    seen = device.status(name) if info is not None and info.live and not info.suspended else None
+    if seen is not None and seen.target == SnapshotMerge.target and (left := _left(name, known.size_bytes, seen)):
+        return left  # asked again and again: with few commands
     live = device.own(name, holding.dm_uuid)
     merging = live is not None and isinstance(live.target, SnapshotMerge)
-    going = live is not None and merging and not live.info.suspended
-    if going and (left := _left(name, known.size_bytes)):  # asked again and again: with few commands
-        return left
     local = Linear(holding.local_device().number)
     if live is None or live.target != local:
         if live is not None and not merging:
             device.require_figures(name)
         tables.bring_up(holding)
         holding.held_back = False
-        if left := _left(name, known.size_bytes):
+        if left := _left(name, known.size_bytes, device.status(name)):
             return left
         device.switch(name, known.size_bytes, local)
     device.resume(name)
@@ -84,13 +85,12 @@ def _go_on(holding: Holding) -> int:
     return 0
 
 
-def _left(name: str, size_bytes: int) -> int:
-    """Bytes that are still to be merged. Raises ``corrupt``; a merge that failed is started again by who asks."""
-    seen = device.status(name)
+def _left(name: str, size_bytes: int, seen: Status | None) -> int:
+    """Bytes that are still to be merged, by a status. Raises ``corrupt``; a merge that failed is started again."""
     if seen is not None and seen.state is State.MERGE_FAILED:
         device.restart(name, size_bytes)
         raise ImgStorageError("failed", f"the merge of {name} failed: it was started again")
-    figures = device.require_figures(name)
+    figures = device.figures(name, seen)
     return 0 if figures.merged else max(1, figures.allocated_sectors - figures.metadata_sectors) * 512
 
 
@@ -115,7 +115,7 @@ def into(holding: Holding, target_number: str, stop: threading.Event) -> None:
     device.make(name, uuid, known.size_bytes, tables.merge(target_number, cow.device(known).number))
     try:
         device.require_figures(name)
-        while _left(name, known.size_bytes):
+        while _left(name, known.size_bytes, device.status(name)):
             if stop.wait(POLL_S):
                 raise ImgStorageError("cancelled", "the merge was cancelled")
     finally:
