@@ -89,6 +89,17 @@ def test_it_listens_nowhere_until_it_is_opened_and_then_on_the_portal_only(tmp_p
         targets.stop()
 
 
+def test_an_ipv6_address_may_be_written_at_length(tmp_path: Path) -> None:
+    targets = TgtTargets(tmp_path, "0:0::1", free_portal()[1])
+    try:
+        assert targets.ensure()
+        targets.open()
+        assert not targets.ensure()
+        assert listening(targets.pid) == [f"[::1]:{targets.port}"]
+    finally:
+        targets.stop()
+
+
 def test_one_whose_starter_died_at_once_is_finished(targets: TgtTargets, tmp_path: Path) -> None:
     tgt, portal = Tgt(tmp_path / "ctl"), f"{targets.address}:{targets.port}"
     tgt.delete_portal(portal)

@@ -1,8 +1,8 @@
 """Sessions that stay down although their NAS's portal answers: iscsid is started anew (tools/iscsid.py says why).
 
-Nothing else is known to help, and it costs the other sessions of the host one more login, which guests see as a short
-wait. So it is done only for a session that was given time to come back by itself, and less and less often for one that
-it does not bring back, whose target may be missing.
+It costs the other sessions of the host one more login, which their guests see as a short wait. So it is done only for a
+session that was given time to come back by itself, and less and less often for one that it does not bring back: its
+target may be missing.
 """
 
 from __future__ import annotations

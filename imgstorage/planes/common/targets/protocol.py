@@ -15,6 +15,7 @@ Rules for all
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,5 +108,7 @@ class Targets(Protocol):
 
 
 def portal_text(address: str, port: int) -> str:
-    """A portal as targets write it: an IPv6 address in brackets."""
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+    """A portal as targets write it: an IPv6 address in its shortest form (RFC 5952), in brackets."""
+    if ":" not in address:
+        return f"{address}:{port}"
+    return f"[{socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, address))}]:{port}"
