@@ -135,7 +135,7 @@ def test_no_read_of_an_overlay_fails_however_long_or_often_its_target_is_gone(cl
         nas.link(up=True)
         container.run(["iscsid"])
         writer.wait_writes(5, within_s=300)
-        assert seen.dm(container)[f"{volume}-snap"].status[2].partition("/")[1] == "/"
+        assert seen.dm(container)[f"{volume}-snap"].status[3].partition("/")[1] == "/"
         assert not writer.stop().errors
     cluster.wait_ready()
     cluster.unmap(volume)
