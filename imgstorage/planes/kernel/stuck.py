@@ -45,7 +45,7 @@ class Stuck:
         try:
             sessions = self._settings.sysfs.sessions()
         except ImgStorageError as error:
-            return f"no look at the iSCSI sessions: {error}"
+            return f"the iSCSI sessions cannot be looked at: {error}"
         down = {one.iqn: wanted[one.iqn] for one in sessions if one.iqn in wanted and not one.up}
         self._waits = {iqn: wait for iqn, wait in self._waits.items() if iqn in down}
         if not down:
