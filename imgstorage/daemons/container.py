@@ -11,18 +11,17 @@ from imgstorage.core.ports import ContainerPlane
 from imgstorage.daemons import process
 from imgstorage.engine.container import ContainerEngine
 from imgstorage.engine.world import World
-from imgstorage.planes.kernel import container_settings
-from imgstorage.planes.kernel.container import KernelContainer
-from imgstorage.planes.userspace.container import UserspaceContainer
-from imgstorage.planes.userspace.settings import ContainerSettings
 from imgstorage.store.container import ContainerStore
 
 
 def plane(config: ContainerConfig) -> ContainerPlane:
-    """The data plane that the configuration names."""
+    """The data plane that the configuration names; only its modules are loaded."""
     if config.plane == "kernel":
+        from imgstorage.planes.kernel.container import KernelContainer
+        from imgstorage.planes.kernel.container_settings import ContainerSettings as KernelSettings
+
         return KernelContainer(
-            container_settings.ContainerSettings(
+            KernelSettings(
                 host=config.host,
                 state_dir=config.state_dir,
                 run_dir=config.run_dir,
@@ -33,6 +32,9 @@ def plane(config: ContainerConfig) -> ContainerPlane:
                 return_speed_bytes_s=config.return_speed_bytes_s,
             )
         )
+    from imgstorage.planes.userspace.container import UserspaceContainer
+    from imgstorage.planes.userspace.settings import ContainerSettings
+
     return UserspaceContainer(
         ContainerSettings(
             host=config.host,

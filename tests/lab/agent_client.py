@@ -20,7 +20,7 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.tools.run import Result
 
 CONNECT_S = 10.0
-ANSWER_S = 30.0
+ANSWER_S = 60.0
 """What the agent gets on top of an operation's own deadline: guests are slow on a busy machine."""
 SEND_S = 60  # a guest that takes no bytes for so long is not coming back
 

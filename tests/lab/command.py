@@ -17,7 +17,7 @@ from tests.lab.lab import HOSTS
 from tests.lab.network import remove_leftovers, running
 
 COMMAND_S = 86400.0
-RUN_TIMEOUT_S = 900
+RUN_TIMEOUT_S = 1800
 LABS_AT_ONCE = 2
 """A lab alone leaves a third of two cores idle: much of what is tested is waiting."""
 ALL, SEED = "--all", "--lab-seed"

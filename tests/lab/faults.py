@@ -72,7 +72,7 @@ class Strike:
         """Whether it struck."""
         return bool(guest.python(EXISTS, path=STRUCK))
 
-    def wait(self, guest: Guest, within_s: float = 180.0) -> None:
+    def wait(self, guest: Guest, within_s: float = 360.0) -> None:
         """Wait until it struck, and cut the power if that is what it is. Raises ``timeout``."""
         guest.wait_python(EXISTS, within_s, path=STRUCK)
         if self.what == "power":
@@ -104,7 +104,7 @@ def real_path(guest: Guest, tool: str) -> str:
 
 @contextmanager
 def struck(
-    cluster: Cluster, host: str, strike: Strike, meanwhile: Callable[[], None] = lambda: None, within_s: float = 300.0
+    cluster: Cluster, host: str, strike: Strike, meanwhile: Callable[[], None] = lambda: None, within_s: float = 600.0
 ) -> Iterator[None]:
     """The strike falls on this host some time within the block; whoever died is started again at once.
 

@@ -26,9 +26,9 @@ from tests.lab.agent_client import ANSWER_S, AgentClient
 from tests.lab.machine import STATE_BYTES, Machine, disk_argv, disk_path, socket_path
 
 BOOT_S = 300.0
-RUN_S = 120.0
-MIGRATE_S = 120.0
-END_S = 10.0
+RUN_S = 240.0
+MIGRATE_S = 240.0
+END_S = 30.0
 POLL_S = 0.01
 CHUNK = 1 << 20
 CONSOLE_LINES = 15

@@ -19,9 +19,9 @@ from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.network import REGISTRY, processes
 
-RESTORE_S = 5.0
-CLOCK_S = 2.0
-COMMAND_S = 300.0
+RESTORE_S = 20.0
+CLOCK_S = 5.0
+COMMAND_S = 600.0
 MODULES = ("dm-snapshot", "iscsi_tcp", "target_core_mod", "target_core_iblock", "iscsi_target_mod")
 IQN = "iqn.2004-10.lab.imgstorage:lab-test"
 NAS_ADDRESS, CONTAINER_ADDRESS = "10.77.0.10", "10.77.0.11"

@@ -19,7 +19,7 @@ SHORT_S = 15.0
 """Longer than open-iscsi and ssh take for a hiccup, so that both notice."""
 FLAPS = 9
 """More than the times that the kernel tries a command again by default (5)."""
-ENDLESS = "16K"
+ENDLESS = "4K"
 """So slow that the copy does not end in a test."""
 
 

@@ -54,7 +54,7 @@ class Writer:
         """What it has promised so far."""
         return read_logs([self.log])
 
-    def wait_writes(self, more: int, within_s: float = 180.0) -> None:
+    def wait_writes(self, more: int, within_s: float = 360.0) -> None:
         """Wait until it has flushed ``more`` writes from now on. Raises ``timeout``."""
         wanted = self.history().done + more
         until = time.monotonic() + within_s
@@ -63,7 +63,7 @@ class Writer:
                 raise ImgStorageError("timeout", f"no {more} writes in {within_s:g} s ({done} so far): {self._said()}")
             time.sleep(POLL_S)
 
-    def stop(self, within_s: float = 180.0) -> History:
+    def stop(self, within_s: float = 360.0) -> History:
         """Let it finish the write in hand. Raises ``timeout``."""
         self._host.run(["kill", "-TERM", str(self.pid)])
         until = time.monotonic() + within_s
