@@ -34,7 +34,6 @@ ON_THE_NAS = (
     Strike("tgtadm", "new", "after"),
     Strike("tgtadm", "bind", "after"),
     Strike("tgtadm", "delete", "before"),
-    Strike("zfs", "readonly=on", "after"),
     Strike("tgtadm", "delete", "after"),
 )
 EVERY_SWITCH = Strike("dmsetup", "suspend|reload|resume", "after", "hold", EACH)
@@ -76,6 +75,18 @@ def test_the_nas_daemon_is_killed_at(cluster: Cluster, strike: Strike) -> None:
             assert not writer.stop().errors
     cluster.wait_ready()  # the last strikes fall when the volume is local: a NAS that is away refuses commands
     cluster.unmap(volume)
+    cluster.finish(volume)
+
+
+def test_the_nas_daemon_is_killed_when_it_seals_what_a_guest_wrote(cluster: Cluster) -> None:
+    volume = cluster.imported()
+    device = cluster.map(volume, "img_sync=no")
+    cluster.write_some(volume, device)
+    with struck(cluster, NAS, Strike("zfs", "readonly=on", "after")):
+        unmapping = cluster.unmapping(volume)
+    unmapping.result()
+    cluster.wait_ready()
+    cluster.wait_phase(volume, "idle")
     cluster.finish(volume)
 
 
