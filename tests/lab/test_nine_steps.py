@@ -53,8 +53,8 @@ def test_the_nine_steps_of_a_start_in_sync_mode(cluster: Cluster) -> None:
         local = seen.zvol_number(container, f"tank/{volume}")
         assert merging.table[3:5] == (local, temporary)
         # 9: on the local zvol, and everything else is gone
-        row = cluster.wait_phase(volume, "local")
-        assert (row["state"], bool(row["target"])) == ("mapped", False)
+        assert cluster.wait_phase(volume, "local")["state"] == "mapped"
+        cluster.wait_row(volume, "without a target", lambda row: not row["target"], 90)
         table = seen.dm(container)[f"{volume}-snap"].table
         assert table == ("0", str(size_bytes() // 512), "linear", local, "0")
         until("the session ends", lambda: not seen.sessions(container), 90)
