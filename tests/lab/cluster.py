@@ -49,6 +49,8 @@ LEFT_S = 180.0
 SIZE_MIB, DATA_MIB = 32, 8
 SLOW_COPY = "1M"
 """So that there is a middle of the copy, of 8 s and more, to do something in."""
+ENDLESS = "4K"
+"""So slow that the copy does not end in a test."""
 RC_LOCAL = "#!/bin/sh\niscsid\n"
 IMAGE = """
 import os

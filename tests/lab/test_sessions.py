@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.lab import seen
-from tests.lab.cluster import CONTAINER, NAS, Cluster, until
+from tests.lab.cluster import CONTAINER, ENDLESS, NAS, Cluster, until
 from tests.lab.faults import Strike, struck
 
 pytestmark = pytest.mark.timeout(1800)
@@ -19,8 +19,6 @@ SHORT_S = 15.0
 """Longer than open-iscsi and ssh take for a hiccup, so that both notice."""
 FLAPS = 9
 """More than the times that the kernel tries a command again by default (5)."""
-ENDLESS = "4K"
-"""So slow that the copy does not end in a test."""
 
 
 def logged_in(cluster: Cluster) -> bool:
