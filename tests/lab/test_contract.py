@@ -26,7 +26,7 @@ from tests.lab.machine import GIB, Machine
 pytestmark = pytest.mark.timeout(3600)
 
 SUITES = Path(__file__).parents[1] / "contract"
-AT_ONCE = 8
+AT_ONCE = 4
 """How many test functions are one part."""
 MACHINE = Machine("compute-0-0", memory_mib=1024, cpus=2, disks={"tank": 4 * GIB, "pond": 4 * GIB})
 SETTINGS = {"IMGSTORAGE_TEST_PLANE": "kernel", "IMGSTORAGE_TEST_ZPOOL": "tank", "IMGSTORAGE_TEST_DEADLINE_S": "300"}
