@@ -240,6 +240,11 @@ def glimpses() -> list[Glimpse]:
     return [one for one in sysfs.devices() if one.uuid.startswith(PREFIX)]
 
 
+def runs(name: str, uuid: str) -> bool:
+    """Whether the device of that name is there with that uuid and a live table, and is not suspended: no command."""
+    return any((one.name, one.uuid) == (name, uuid) and one.live and not one.suspended for one in sysfs.devices())
+
+
 def cut_ones(infos: list[Info]) -> Iterator[Info]:
     """Those that were cut and are closed now."""
     return (info for info in infos if CUT in info.name and not info.open_count)
