@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from imgstorage.core.errors import ImgStorageError
@@ -125,6 +125,15 @@ def struck(
         strike.release(guest)
 
     def attend() -> None:
+        try:
+            watch()
+        except BaseException:
+            with suppress(ImgStorageError):  # who is held goes on: what failed is said at the end of the block
+                strike.disarm(guest)
+                guest.put(GO, b"")
+            raise
+
+    def watch() -> None:
         end = time.monotonic() + within_s
         while not failed.is_set() and not (strike.nth == EACH and left.is_set()):
             if strike.fell(guest):
