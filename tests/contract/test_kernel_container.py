@@ -72,6 +72,17 @@ def test_a_device_is_shown_by_one_command(world: World, caplog: pytest.LogCaptur
     assert (shown.status, shown.synced) == ("", "")
 
 
+def test_a_device_that_is_well_is_tended_without_a_command(local: World, caplog: pytest.LogCaptureFixture) -> None:
+    wait_for(lambda: not local.container.tend(), "nothing is to be said")
+    caplog.set_level(logging.DEBUG, logger="imgstorage.tools.run")
+    caplog.clear()
+    assert not local.container.tend()
+    assert caplog.messages == []
+    dm.suspend("vol1-snap")
+    assert local.container.tend() == ["the device of vol1 was held back and goes on"]
+    assert not dm.info("vol1-snap").suspended
+
+
 def test_a_device_is_taken_away_with_few_looks_at_it(world: World, caplog: pytest.LogCaptureFixture) -> None:
     world.attach()
     caplog.set_level(logging.DEBUG, logger="imgstorage.tools.run")

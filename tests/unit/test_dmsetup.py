@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from imgstorage.core.errors import ImgStorageError
-from imgstorage.tools.dmsetup import commands, devices, tables
+from imgstorage.tools.dmsetup import commands, devices, sysfs, tables
+from imgstorage.tools.dmsetup.sysfs import Glimpse
 from imgstorage.tools.dmsetup.tables import (
     Error,
     Linear,
@@ -345,3 +348,17 @@ def test_what_is_written_is_read_back(parts: list[tuple[int, Target]]) -> None:
         segments.append(Segment(position, length, target))
         position += length
     assert tables.parse_table("".join(f"{segment.line()}\n" for segment in segments)) == segments
+
+
+def test_devices_in_sysfs_and_one_that_goes_while_it_is_read(tmp_path: Path) -> None:
+    for number, (suspended, size) in enumerate([("0", "65536"), ("1", "0")]):
+        folder = tmp_path / f"block/dm-{number}"
+        (folder / "dm").mkdir(parents=True)
+        for file, text in (("dm/name", f"vol{number}"), ("dm/uuid", ""), ("dm/suspended", suspended), ("size", size)):
+            (folder / file).write_text(f"{text}\n")
+    (tmp_path / "block/dm-2/dm").mkdir(parents=True)
+    (tmp_path / "block/sda").mkdir()
+    assert sorted(sysfs.devices(tmp_path), key=lambda one: one.name) == [
+        Glimpse(name="vol0", uuid="", suspended=False, live=True),
+        Glimpse(name="vol1", uuid="", suspended=True, live=False),
+    ]

@@ -15,7 +15,7 @@ from imgstorage.core.ports import Portal
 from imgstorage.planes.kernel import cow, device, hydrate, merge, session, tables
 from imgstorage.planes.kernel.holding import Holding
 from imgstorage.planes.kernel.record import OFFERED, CopyPhase
-from imgstorage.tools.dmsetup.commands import Info
+from imgstorage.tools.dmsetup.sysfs import Glimpse
 from imgstorage.tools.dmsetup.tables import State
 
 log = logging.getLogger(__name__)
@@ -66,26 +66,26 @@ def cut(holding: Holding) -> None:
     device.cut(name, uuid, known.size_bytes)
 
 
-def tend(holding: Holding, infos: Mapping[str, Info]) -> str:
+def tend(holding: Holding, devices: Mapping[str, Glimpse]) -> str:
     """One round for one volume; one sentence if something was done or cannot be done."""
     if holding.record is None or not holding.lock.acquire(blocking=False):
         return ""  # a verb is at work on it
     try:
         if holding.record is None or holding.record.phase not in OFFERED:
             return ""
-        return _device(holding, infos) or _session(holding) or _cow(holding) or _copy(holding)
+        return _device(holding, devices) or _session(holding) or _cow(holding) or _copy(holding)
     except (ImgStorageError, OSError) as error:
         return f"{holding.known.name} cannot be served: {error}"
     finally:
         holding.lock.release()
 
 
-def _device(holding: Holding, infos: Mapping[str, Info]) -> str:
-    info = infos.get(holding.dm_uuid)
-    if info is not None and info.live and (not info.suspended or holding.held_back):
+def _device(holding: Holding, devices: Mapping[str, Glimpse]) -> str:
+    seen = devices.get(holding.dm_uuid)
+    if seen is not None and seen.live and (not seen.suspended or holding.held_back):
         return ""
     tables.bring_up(holding)
-    if info is None:
+    if seen is None:
         return f"the device of {holding.known.name} was gone and is there again"
     return f"the device of {holding.known.name} was held back and goes on"
 

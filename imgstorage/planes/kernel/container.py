@@ -55,7 +55,6 @@ class KernelContainer:
         self._taking = threading.Lock()
         self._said: dict[str, str] = {}
         self._stuck = Stuck(settings)
-        self._cut = True  # a device that was cut off may be here still
 
     # -- life -----------------------------------------------------------------------------------------------
 
@@ -294,7 +293,6 @@ class KernelContainer:
             return
         if force:
             care.cut(holding)
-            self._cut = True
             log.warning("the device of %s was cut off from whoever had it open", holding.known.name)
             return
         if not seen.suspended and holding.known.phase is not CopyPhase.PREPARING:
@@ -353,11 +351,10 @@ class KernelContainer:
             self._known.read()
         said = {where: f"{where} cannot be read: {why}" for where, why in self._known.unknown.items()}
         served = [one for one in self._known.all() if one.known.phase in OFFERED]
-        infos = device.all_ours() if served or self._cut else []
-        if infos:
-            device.remove_cut(infos)
-        self._cut = any(device.CUT in info.name for info in infos)
-        by_uuid = {info.uuid: info for info in infos if device.CUT not in info.name}
+        seen = device.glimpses()
+        if any(device.CUT in one.name for one in seen):
+            device.remove_cut(device.all_ours())
+        by_uuid = {one.uuid: one for one in seen if device.CUT not in one.name}
         for holding in served:
             said[holding.uuid] = care.tend(holding, by_uuid)
         said["iscsid"] = self._stuck.tend(care.portals(served))

@@ -15,7 +15,9 @@ from imgstorage.core.errors import ImgStorageError
 from imgstorage.core.mapping import Generation
 from imgstorage.core.names import SECTOR_BYTES, VolumeUuid
 from imgstorage.tools.dmsetup import devices as dm
+from imgstorage.tools.dmsetup import sysfs
 from imgstorage.tools.dmsetup.commands import MAX_NAME, Info
+from imgstorage.tools.dmsetup.sysfs import Glimpse
 from imgstorage.tools.dmsetup.tables import Error, State, Status, Target, one
 from imgstorage.tools.run import run
 
@@ -231,6 +233,16 @@ def cut(name: str, uuid: str, size_bytes: int) -> None:
 def all_ours() -> list[Info]:
     """Every device with a uuid of this project."""
     return [info for info in dm.devices() if info.uuid.startswith(PREFIX)]
+
+
+def glimpses() -> list[Glimpse]:
+    """As :func:`all_ours`, without a command."""
+    return [one for one in sysfs.devices() if one.uuid.startswith(PREFIX)]
+
+
+def runs(name: str, uuid: str) -> bool:
+    """Whether the device of that name is there with that uuid and a live table, and is not suspended: no command."""
+    return any((one.name, one.uuid) == (name, uuid) and one.live and not one.suspended for one in sysfs.devices())
 
 
 def cut_ones(infos: list[Info]) -> Iterator[Info]:

@@ -65,10 +65,9 @@ def _go_on(holding: Holding) -> int:
     """Bring the merge on; returns about how many bytes are left (0: ``local``). Raises ``corrupt``, ``failed``."""
     known = holding.known
     name = holding.device_name
-    info = device.own_info(name, holding.dm_uuid)
-    seen = device.status(name) if info is not None and info.live and not info.suspended else None
+    seen = device.status(name) if device.runs(name, holding.dm_uuid) else None
     if seen is not None and seen.target == SnapshotMerge.target and (left := _left(name, known.size_bytes, seen)):
-        return left  # asked again and again: with few commands
+        return left  # asked again and again: with one command
     live = device.own(name, holding.dm_uuid)
     merging = live is not None and isinstance(live.target, SnapshotMerge)
     local = Linear(holding.local_device().number)
