@@ -13,6 +13,7 @@ import pytest
 
 from tests.lab.cluster import CONTAINER, ENDLESS, IMAGES, NAS, Cluster, until
 from tests.lab.guest import Guest
+from tests.lab.machine import CPU
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -36,7 +37,7 @@ class VirtualMachine:
     def __init__(self, host: Guest, device: str) -> None:
         self._host = host
         host.run(["sh", "-c", START, device], timeout_s=300)
-        argv = ["qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-M", "q35", "-m", str(MEMORY_MIB), "-nodefaults",
+        argv = ["qemu-system-x86_64", "-accel", "tcg", "-cpu", CPU, "-M", "q35", "-m", str(MEMORY_MIB), "-nodefaults",
                 "-display", "none", "-no-reboot", "-kernel", f"{FOLDER}/vmlinux", "-initrd", f"{FOLDER}/initramfs",
                 "-append", "console=ttyS0 loglevel=4 panic=-1 mitigations=off nopti nokaslr no_timer_check",
                 "-chardev", f"socket,id=serial,path={SERIAL},server=on,wait=off,logfile={CONSOLE}",
