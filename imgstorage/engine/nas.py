@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Collection
+from functools import partial
 
 from imgstorage import __version__
 from imgstorage.core import events as ev
@@ -256,7 +257,7 @@ class NasEngine:
             self._shut_since = self._clock.now() if self._shut_since is None else self._shut_since
             self._awaited.update(volumes)
         for volume in volumes:
-            self._tasks.run(f"volume:{volume}", lambda volume=volume: self._open_unless_awaited(volume))  # type: ignore[misc]
+            self._tasks.run(f"volume:{volume}", partial(self._open_unless_awaited, volume))
         self._tasks.run("open", self._open_unless_awaited)
 
     def _open_unless_awaited(self, done: VolumeUuid | None = None) -> None:

@@ -136,7 +136,7 @@ class MemoryContainer:
     def _target(self, copy: Copy, portal: Portal | None) -> NasDisk:
         """The NAS's disk behind a portal. Raises ``failed`` if it cannot be reached."""
         nas = self._fabric[copy.grant.nas]
-        if portal is None or not nas.up or not nas.open or portal.iqn not in nas.targets:
+        if portal is None or not nas.lets_in(portal.iqn):
             raise ImgStorageError("failed", f"no target for {copy.grant.volume.name}")
         if nas.targets[portal.iqn].container != self._host:
             raise ImgStorageError("failed", "the target is another container's")
@@ -348,7 +348,7 @@ def write(disk: ContainerDisk, fabric: dict[HostName, NasDisk], uuid: VolumeUuid
         return
     nas, iqn = fabric[copy.grant.nas], copy.grant.portal.iqn if copy.grant.portal else ""
     file = nas.file_of(uuid)
-    if not nas.up or not nas.open or iqn not in nas.targets or file is None:
+    if not nas.lets_in(iqn) or file is None:
         raise Unavailable
     file.blocks[number] = value
 
@@ -363,7 +363,7 @@ def read(disk: ContainerDisk, fabric: dict[HostName, NasDisk], uuid: VolumeUuid,
         return copy.base.get(number, 0)
     nas, iqn = fabric[copy.grant.nas], copy.grant.portal.iqn if copy.grant.portal else ""
     file = nas.file_of(uuid)
-    if not nas.up or not nas.open or iqn not in nas.targets or file is None:
+    if not nas.lets_in(iqn) or file is None:
         raise Unavailable
     return file.blocks.get(number, 0)
 

@@ -83,6 +83,10 @@ class NasDisk:
     up: bool = True
     open: bool = True
 
+    def lets_in(self, iqn: str) -> bool:
+        """Whether a container reaches that target just now."""
+        return self.up and self.open and iqn in self.targets
+
     def file_of(self, uuid: VolumeUuid) -> VolumeFile | None:
         return next((one for one in self.files.values() if one.volume.uuid == uuid), None)
 
